@@ -1,0 +1,1 @@
+"""ckptools merges model checkpoints by recipe, tensor by tensor."""

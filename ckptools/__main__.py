@@ -1,0 +1,5 @@
+"""`python -m ckptools`."""
+
+from ckptools.cli import main
+
+main()

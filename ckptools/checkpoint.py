@@ -1,0 +1,657 @@
+"""Checkpoints on disk: strict header reading, shards, and reads into buffers you own.
+
+Headers are read and checked without torch; values move only through `Checkpoint.read_into`.
+Must not know recipes, families or what the numbers mean.
+
+Source of the format: safetensors 0.8.0, README "Format" and `tensor.rs` (`read_metadata`,
+`Metadata::validate`). Where the README says MUST, this reader is stricter than the reference:
+duplicate keys and a header that does not start with `{` are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType, TracebackType
+from typing import NoReturn, Self
+
+from ckptools.errors import InputError, InvalidFileError, UnsafeError
+from ckptools.tensors import DTYPES, TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_INDEX_BYTES = 100_000_000
+_U64_MAX = 2**64 - 1
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_INDEX_SUFFIX = ".index.json"
+_SNIFF_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Header:
+    """One parsed safetensors header.
+
+    specs       tensors in file order
+    starts      tensor name -> byte offset of its data from the start of the file
+    metadata    the `__metadata__` strings
+    data_start  byte offset of the data section, 8 + header length
+    file_bytes  size of the whole file
+    sha256      of the first `data_start` bytes (length field and JSON)
+    warnings    legal oddities that the reference accepts and the format's README does not describe
+    """
+
+    specs: Mapping[str, TensorSpec]
+    starts: Mapping[str, int]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+    sha256: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells whether a file was replaced while it was being read."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, descriptor: int | Path) -> Identity:
+        """The identity of an open file or of a path."""
+        info = os.stat(descriptor)  # noqa: PTH116  # a descriptor has no Path
+        return cls(info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+# --- one file ----------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of one safetensors file; reads no tensor data.
+
+    Raises `InvalidFileError` with a diagnosis a person can act on, `InputError` where the file
+    cannot be opened.
+    """
+    with _opened(path) as stream:
+        return _read_header(stream.fileno(), path)
+
+
+def _read_header(descriptor: int, path: Path) -> Header:
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        raise InputError("not a regular file", where=str(path), fix="give a .safetensors file")
+    size = info.st_size
+    head = _pread(descriptor, min(size, _SNIFF_BYTES), 0)
+    if size < 8:
+        diagnosis = _diagnose(head, path)
+        raise diagnosis or _invalid(path, f"only {size} bytes, too small for a header", _AGAIN)
+    length = int.from_bytes(head[:8], "little")
+    if length > min(size - 8, MAX_HEADER_BYTES) or length == 0:
+        raise _diagnose(head, path) or _bad_length(path, length, size)
+    raw = _pread(descriptor, length, 8)
+    if len(raw) != length:
+        raise _invalid(path, "the file became shorter while it was read", _AGAIN)
+    if not raw.startswith(b"{"):
+        raise _diagnose(head, path) or _invalid(
+            path, f"the header must begin with '{{', it begins with {raw[:8]!r}", _AGAIN
+        )
+    digest = hashlib.sha256(head[:8] + raw).hexdigest()
+    return parse_header(raw, data_start=8 + length, file_bytes=size, path=path, sha256=digest)
+
+
+def parse_header(
+    raw: bytes, *, data_start: int, file_bytes: int, path: Path, sha256: str = ""
+) -> Header:
+    """Check the JSON of a header against the size of its file.
+
+    raw         the JSON bytes
+    data_start  where tensor data begins, in bytes from the start of the file
+    file_bytes  size of the whole file
+    """
+    document = _parse_json(raw, path)
+    warnings: list[str] = []
+    metadata = _metadata(document.pop("__metadata__", {}), path, warnings)
+    entries = [_entry(name, value, path, warnings) for name, value in document.items()]
+    entries.sort(key=lambda entry: (entry[1], entry[2], entry[0].name))
+    _check_coverage(entries, file_bytes - data_start, path)
+    return Header(
+        specs=MappingProxyType({spec.name: spec for spec, _, _ in entries}),
+        starts=MappingProxyType({spec.name: data_start + start for spec, start, _ in entries}),
+        metadata=MappingProxyType(metadata),
+        data_start=data_start,
+        file_bytes=file_bytes,
+        sha256=sha256,
+        warnings=tuple(warnings),
+    )
+
+
+_AGAIN = "download or copy the file again"
+
+
+def _invalid(path: Path, what: str, fix: str = _AGAIN) -> InvalidFileError:
+    return InvalidFileError(what, where=str(path), fix=fix)
+
+
+def _bad_length(path: Path, length: int, size: int) -> InvalidFileError:
+    if length == 0:
+        return _invalid(path, "the header is empty (length 0)")
+    if length > MAX_HEADER_BYTES:
+        return _invalid(
+            path, f"not a safetensors file: it claims a header of {length:,} bytes (limit 100 MB)"
+        )
+    return _invalid(
+        path,
+        f"truncated inside the header: it needs {length + 8:,} bytes, the file has {size:,}",
+    )
+
+
+def _diagnose(head: bytes, path: Path) -> InvalidFileError | None:
+    """What a file that is not safetensors really is, told from its first bytes."""
+    if not head:
+        return _invalid(path, "the file is empty (0 bytes)")
+    if head.startswith(b"version https://git-lfs"):
+        text = head.decode("utf-8", "replace")
+        oid = re.search(r"oid sha256:([0-9a-f]{64})", text)
+        size = re.search(r"size (\d+)", text)
+        return _invalid(
+            path,
+            "a Git LFS pointer, not the weights"
+            + (f" (sha256 {oid[1][:12]}…" if oid else " (")
+            + (f", {int(size[1]):,} bytes)" if size else ")"),
+            "run `git lfs pull`, or download the file itself",
+        )
+    stripped = head.lstrip().lower()
+    if stripped.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return _invalid(
+            path,
+            "an HTML page, not a model (the download got an error or log-in page)",
+            "download it again, logged in where the site asks for it",
+        )
+    if head.startswith(b"PK"):
+        return _invalid(
+            path,
+            "a zip archive: most likely a PyTorch pickle (.ckpt, .pt, .bin), not safetensors",
+            "use the .safetensors release of the model, or convert it in a tool you trust",
+        )
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return _invalid(
+            path,
+            "a Python pickle (an old .ckpt or .pt), not safetensors",
+            "use the .safetensors release of the model, or convert it in a tool you trust",
+        )
+    if head.startswith(b"GGUF"):
+        return _invalid(
+            path, "a GGUF file (quantised), not safetensors", "use the unquantised file"
+        )
+    if head.startswith(b"\x1f\x8b"):
+        return _invalid(path, "a gzip archive, not safetensors", "unpack it first")
+    if b"\x00" * len(head) == head:
+        return _invalid(path, "the file begins with zeros only (an unfinished download)")
+    if stripped.startswith((b"{", b"[")):
+        return _invalid(
+            path, "a JSON file, not safetensors", "give the weights, or the *.index.json of shards"
+        )
+    return None
+
+
+class _BadJsonError(Exception):
+    """A JSON rule that Python's parser does not enforce; carried out of its hooks."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _BadJsonError(f"duplicate key {key!r}")
+            seen.add(key)
+    return result
+
+
+def _integer(text: str) -> int:
+    if text.startswith("-"):
+        raise _BadJsonError(f"negative number {text}")
+    value = int(text) if len(text) <= 20 else _U64_MAX + 1
+    if value > _U64_MAX:
+        raise _BadJsonError(f"number {text[:24]} does not fit 64 bits")
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise _BadJsonError(f"{text} is not JSON")
+
+
+def _parse_json(raw: bytes, path: Path) -> dict[str, object]:
+    try:
+        text = raw.decode("utf-8")
+        document = json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+        )
+    except UnicodeDecodeError as exc:
+        raise _invalid(path, f"the header is not UTF-8 (byte {exc.start + 8})") from exc
+    except json.JSONDecodeError as exc:
+        raise _invalid(path, f"the header is not JSON: {exc.msg} (byte {exc.pos + 8})") from exc
+    except _BadJsonError as exc:
+        raise _invalid(path, f"the header breaks the format: {exc}") from exc
+    except RecursionError as exc:
+        raise _invalid(path, "the header is nested too deeply") from exc
+    if not isinstance(document, dict):
+        raise _invalid(path, f"the header is a JSON {type(document).__name__}, not an object")
+    return document
+
+
+def _check_text(text: str, path: Path) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise _invalid(path, f"lone surrogate in {text!r}") from exc
+
+
+def _metadata(value: object, path: Path, warnings: list[str]) -> dict[str, str]:
+    if value is None:
+        warnings.append("`__metadata__` is null")
+        return {}
+    if not isinstance(value, dict):
+        raise _invalid(path, f"`__metadata__` is a {type(value).__name__}, not an object")
+    for key, item in value.items():
+        if not isinstance(item, str):
+            raise _invalid(path, f"metadata {key!r} is a {type(item).__name__}, not a string")
+        _check_text(key, path)
+        _check_text(item, path)
+    return value
+
+
+def _entry(
+    name: str, value: object, path: Path, warnings: list[str]
+) -> tuple[TensorSpec, int, int]:
+    """One tensor's (spec, start, end), offsets within the data section."""
+    _check_text(name, path)
+    if not isinstance(value, dict):
+        raise _invalid(path, f"{name!r} is a {type(value).__name__}, not an object")
+    missing = _ENTRY_KEYS - value.keys()
+    if missing:
+        raise _invalid(path, f"{name!r} has no {sorted(missing)[0]!r}")
+    for key in value.keys() - _ENTRY_KEYS:
+        if isinstance(value[key], dict | list) or value[key] in (math.inf, -math.inf):
+            raise _invalid(path, f"{name!r} has an unknown field {key!r}")
+        _check_text(key, path)
+        warnings.append(f"{name!r} has an unknown field {key!r}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _invalid(
+            path, f"{name!r} has the unknown dtype {dtype!r}", "is it written by a newer version?"
+        )
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+        raise _invalid(path, f"{name!r} has the shape {shape!r}, not a list of sizes")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or any(type(offset) is not int for offset in offsets)
+    ):
+        raise _invalid(path, f"{name!r} has the offsets {offsets!r}, not [start, end]")
+    start, end = offsets
+    _check_size(name, dtype, shape, end - start, path)
+    return TensorSpec(name, dtype, tuple(shape)), start, end
+
+
+def _check_size(name: str, dtype: str, shape: Sequence[int], nbytes: int, path: Path) -> None:
+    numel = 1
+    for size in shape:  # in the reference's order: it refuses any overflow on the way
+        numel *= size
+        if numel > _U64_MAX:
+            raise _invalid(path, f"{name!r} has the impossible shape {list(shape)}")
+    bits = numel * DTYPES[dtype].bits
+    if bits > _U64_MAX:
+        raise _invalid(path, f"{name!r} has the impossible shape {list(shape)}")
+    if bits % 8 or bits // 8 != nbytes:
+        raise _invalid(
+            path,
+            f"{name!r} is {dtype} {list(shape)}, {bits / 8:,.10g} bytes, "
+            f"but its offsets span {nbytes:,}",
+        )
+
+
+def _check_coverage(
+    entries: Sequence[tuple[TensorSpec, int, int]], data_bytes: int, path: Path
+) -> None:
+    """Tensors must touch, from byte 0 of the data to its end: no holes, no overlaps, no rest."""
+    position, previous = 0, ""
+    for spec, start, end in entries:
+        if start != position:
+            what = "overlaps" if start < position else "leaves a hole after"
+            before = repr(previous) if previous else "the start"
+            raise _invalid(
+                path,
+                f"{spec.name!r} at bytes {start:,} to {end:,} {what} {before} (at {position:,})",
+            )
+        position, previous = end, spec.name
+    if position > data_bytes:
+        percent = 100 * data_bytes / position
+        raise _invalid(
+            path,
+            f"truncated: {data_bytes:,} of {position:,} data bytes are there ({percent:.1f} %)",
+        )
+    if position < data_bytes:
+        raise _invalid(path, f"{data_bytes - position:,} bytes follow the last tensor")
+
+
+# --- reading at an offset ----------------------------------------------------------------------
+
+
+def _opened(path: Path) -> Descriptor:
+    try:
+        return Descriptor(path)
+    except FileNotFoundError as exc:
+        raise InputError("no such file", where=str(path), fix=_similar_files(path)) from exc
+    except OSError as exc:
+        raise InputError(
+            f"cannot be opened: {exc.strerror or exc}", where=str(path), fix="check the path"
+        ) from exc
+
+
+def _similar_files(path: Path) -> str:
+    """A hint that names files that are there."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"the folder {str(parent)!r} does not exist either"
+    there = sorted(item.name for item in parent.iterdir() if item.suffix == ".safetensors")
+    if not there:
+        return "check the path"
+    shown = ", ".join(there[:6]) + (", …" if len(there) > 6 else "")
+    return f"in that folder: {shown}"
+
+
+class Descriptor:
+    """A file opened for reads at an offset, from any thread. Knows nothing of formats."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        self.path = path
+        self._number = os.open(path, flags)
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """The open descriptor."""
+        return self._number
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` on; the whole of it or `InputError`."""
+        done = 0
+        while done < len(view):
+            try:
+                count = self._read_once(view[done:], offset + done)
+            except OSError as exc:
+                raise InputError(
+                    f"cannot be read: {exc.strerror or exc}", where=str(self.path)
+                ) from exc
+            if count == 0:
+                raise InputError(
+                    "the file became shorter while it was read", where=str(self.path), fix=_AGAIN
+                )
+            done += count
+
+    def _read_once(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._number, [view], offset)
+        with self._lock:  # Windows: no positional read
+            os.lseek(self._number, offset, os.SEEK_SET)
+            data = os.read(self._number, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the descriptor; later reads fail."""
+        if self._number >= 0:
+            os.close(self._number)
+            self._number = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    """Up to `length` bytes at `offset`; fewer only at the end of the file."""
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    parts: list[bytes] = []
+    while length > 0:
+        part = os.read(descriptor, min(length, 1 << 24))
+        if not part:
+            break
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a checkpoint: where it is, what its header said, what identifies it."""
+
+    path: Path
+    header: Header
+    identity: Identity
+
+
+class Checkpoint(Mapping[str, TensorSpec]):
+    """A lazy mapping of tensor names to specs, over one file or many shards.
+
+    Values come only through `read_into`, into memory the caller owns. Close it when done.
+    """
+
+    def __init__(
+        self, path: Path, files: Sequence[SourceFile], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self.files = tuple(files)
+        self.metadata = files[0].header.metadata if metadata is None else metadata
+        self._specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        for number, file in enumerate(self.files):
+            self._specs.update(file.header.specs)
+            self._places.update((name, (number, at)) for name, at in file.header.starts.items())
+        self._open: dict[int, Descriptor] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.header.file_bytes for file in self.files)
+
+    @property
+    def header_sha256(self) -> str:
+        """Identifies names, shapes, dtypes and metadata: sha256 of the header (or headers)."""
+        if len(self.files) == 1:
+            return self.files[0].header.sha256
+        return hashlib.sha256("".join(f.header.sha256 for f in self.files).encode()).hexdigest()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Oddities of the headers that do not stop a merge."""
+        return tuple(text for file in self.files for text in file.header.warnings)
+
+    def read_into(self, name: str, view: memoryview, offset: int = 0) -> None:
+        """Fill `view` (bytes) with the tensor's data from byte `offset` of the tensor on."""
+        number, start = self._places[name]
+        if offset + len(view) > self._specs[name].nbytes:
+            raise ValueError(f"read past the end of {name!r}")
+        self._descriptor(number).read_into(view, start + offset)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of one tensor: for small ones."""
+        data = bytearray(self._specs[name].nbytes)
+        self.read_into(name, memoryview(data))
+        return bytes(data)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if a file was replaced or written to since it was opened."""
+        for file in self.files:
+            if Identity.of(file.path) != file.identity:
+                raise InputError(
+                    "the file changed while it was being read",
+                    where=str(file.path),
+                    fix="run it again when nothing writes to it",
+                )
+
+    def _descriptor(self, number: int) -> Descriptor:
+        found = self._open.get(number)
+        if found is None:
+            with self._lock:
+                found = self._open.get(number) or _opened(self.files[number].path)
+                self._open[number] = found
+        return found
+
+    def close(self) -> None:
+        """Close every file; the specs stay readable."""
+        for descriptor in self._open.values():
+            descriptor.close()
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a `.safetensors` file, a `*.index.json` of shards, or a folder that holds one of them.
+
+    Reads headers only. Raises `InputError`, `InvalidFileError`, or `UnsafeError` for an index
+    whose paths leave its folder.
+    """
+    if path.is_dir():
+        path = _weights_in(path)
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _open_sharded(path)
+    return Checkpoint(path, [_source_file(path)])
+
+
+def _source_file(path: Path) -> SourceFile:
+    with _opened(path) as stream:
+        header = _read_header(stream.fileno(), path)
+        return SourceFile(path, header, Identity.of(stream.fileno()))
+
+
+def _weights_in(folder: Path) -> Path:
+    if (folder / "model_index.json").is_file():
+        raise InputError(
+            "a diffusers folder; this version reads single files and shards",
+            where=str(folder),
+            fix="give the single-file checkpoint of the model",
+        )
+    indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    candidates = indexes or sorted(folder.glob("*.safetensors"))
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(item.name for item in candidates[:8])
+    raise InputError(
+        f"a folder with {len(candidates)} candidate files"
+        if candidates
+        else "a folder without weights",
+        where=str(folder),
+        fix=f"give one of them: {names}" if candidates else "give a .safetensors file",
+    )
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A parsed `*.index.json`: tensor name -> shard file name, and the size it claims."""
+
+    weight_map: Mapping[str, str]
+    total_size: int | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def _open_sharded(path: Path) -> Checkpoint:
+    index = _read_index(path)
+    shards = sorted(set(index.weight_map.values()))
+    files = [_source_file(_shard_path(path, shard)) for shard in shards]
+    homes: dict[str, str] = {}
+    for shard, file in zip(shards, files, strict=True):
+        for name in file.header.specs:
+            if name in homes:
+                raise _invalid(path, f"{name!r} is in two shards, {homes[name]!r} and {shard!r}")
+            homes[name] = shard
+    for name, shard in index.weight_map.items():
+        if homes.get(name) != shard:
+            where = f"it is in {homes[name]!r}" if name in homes else "it is in none"
+            raise _invalid(path, f"{name!r} should be in {shard!r}, {where}")
+    unlisted = homes.keys() - index.weight_map.keys()
+    if unlisted:
+        raise _invalid(path, f"{min(unlisted)!r} is in a shard but not in the index")
+    return Checkpoint(path, files, index.metadata or files[0].header.metadata)
+
+
+def _read_index(path: Path) -> _Index:
+    with _opened(path) as stream:
+        if os.fstat(stream.fileno()).st_size > MAX_INDEX_BYTES:
+            raise _invalid(path, "the index is larger than 100 MB")
+        raw = _pread(stream.fileno(), MAX_INDEX_BYTES, 0)
+    document = _parse_json(raw, path)
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _invalid(path, "the index has no `weight_map`")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise _invalid(path, f"the shard of {name!r} is {shard!r}, not a file name")
+    metadata = document.get("metadata")
+    entries = metadata if isinstance(metadata, dict) else {}
+    total = entries.get("total_size")
+    return _Index(
+        MappingProxyType(weight_map),
+        total if isinstance(total, int) else None,
+        MappingProxyType({key: text for key, text in entries.items() if isinstance(text, str)}),
+    )
+
+
+def _shard_path(index: Path, shard: str) -> Path:
+    """The shard's path, if it stays inside the index's folder; else `UnsafeError`.
+
+    Symbolic links may leave it only as the Hub's cache lays them: snapshots/<rev>/x -> blobs/y.
+    """
+    pure = PurePosixPath(shard)
+    unsafe = (
+        not shard
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or any(char in shard for char in "\\:\0")
+        or not shard.endswith(".safetensors")
+    )
+    if not unsafe:
+        root = index.parent.resolve()
+        target = (index.parent / pure).resolve()
+        blobs = root.parent.parent / "blobs"
+        in_cache = root.parent.name == "snapshots" and target.parent == blobs
+        unsafe = not (target.is_relative_to(root) or in_cache)
+    if unsafe:
+        raise UnsafeError(
+            f"the index points outside its folder: {shard!r}",
+            where=str(index),
+            fix="do not use this file; a real index names files beside it",
+        )
+    return index.parent / pure

@@ -1,0 +1,116 @@
+"""The command line: parse, call, show. One file per command, no logic.
+
+Exit codes: 0 done · 1 a check failed · 2 wrong usage, recipe or I/O · 3 refused as unsafe ·
+4 network. A user's mistake never shows a traceback; a bug always does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from ckptools.errors import CkptError
+
+_COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema")
+_CANCELLED = 130  # as shells report an end by Ctrl-C
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module only when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"ckptools.cli.{cmd_name}")
+        command = module.command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{cmd_name} is not a command")
+        return command
+
+
+def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from ckptools.manifest import version
+
+        click.echo(f"ckptools {version()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version,
+    help="Show the version.",
+)  # fmt: skip
+def group() -> None:
+    """Merge model checkpoints by recipe, tensor by tensor.
+
+    \b
+    Examples:
+      ckptools demo
+      ckptools plan recipe.yaml
+      ckptools merge recipe.yaml --set M=0.5
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; its exit code."""
+    as_json = "--json" in arguments
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        result = group.main(args=arguments, prog_name="ckptools", standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was left behind", err=True)
+        return _CANCELLED
+    except click.ClickException as exc:
+        return _usage_error(exc, command, as_json=as_json)
+    except CkptError as exc:
+        return _show(exc, command, as_json=as_json)
+    except BrokenPipeError:  # `ckptools … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nothing is left to flush to
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _show(error: CkptError, command: str, *, as_json: bool) -> int:
+    from ckptools import report
+
+    if as_json:
+        report.show_json(command, {"error": report.error_json(error)})
+    else:
+        report.show_error(error)
+    return error.exit_code
+
+
+def _usage_error(error: click.ClickException, command: str, *, as_json: bool) -> int:
+    if as_json:
+        from ckptools import report
+
+        body = {"code": "usage", "message": error.format_message(), "where": "", "fix": ""}
+        report.show_json(command, {"error": body})
+    else:
+        error.show()
+    return 2
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

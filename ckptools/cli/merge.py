@@ -1,0 +1,54 @@
+"""`ckptools merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+
+from ckptools.cli.options import json_option, load, output_option, recipe_argument, set_option
+
+
+@click.command(name="merge")
+@recipe_argument
+@set_option
+@output_option
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--threads", type=click.IntRange(1, 64), default=None,
+    help="Worker threads (default: the cores, 2 to 8). The result does not depend on it.",
+)  # fmt: skip
+@click.option("--hash-inputs", is_flag=True, help="Record the sha256 of every input.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+def command(
+    recipe: Path,
+    settings: Mapping[str, float],
+    output: Path | None,
+    force: bool,
+    threads: int | None,
+    hash_inputs: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge by RECIPE into one verified .safetensors file.
+
+    \b
+    Examples:
+      ckptools merge recipe.yaml
+      ckptools merge recipe.yaml --set M=0.5 -o half.safetensors
+    """
+    from ckptools import report
+    from ckptools.workflow import merge
+
+    loaded = load(recipe, settings, output)
+    with nullcontext() if quiet else report.BarProgress() as progress:
+        result = merge(
+            loaded, threads=threads, force=force, hash_inputs=hash_inputs, progress=progress
+        )
+    if as_json:
+        report.show_json("merge", report.merge_json(result))
+    elif not quiet:
+        report.show_merge(result)

@@ -1,0 +1,69 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    settings: dict[str, float] = {}
+    for text in values:
+        name, equals, number = text.partition("=")
+        try:
+            settings[name] = float(number)
+        except ValueError:
+            settings[name] = math.nan
+        if not equals or not name or not math.isfinite(settings[name]):
+            raise click.BadParameter(f"{text!r} is not NAME=NUMBER, such as M=0.5")
+    return settings
+
+
+def recipe_argument(function: F) -> F:
+    """The recipe's path."""
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.argument("recipe", type=kind)(function)
+
+
+def set_option(function: F) -> F:
+    """`--set NAME=NUMBER`: a parameter's number for this run."""
+    return click.option(
+        "--set", "settings", multiple=True, metavar="NAME=NUMBER", callback=_settings,
+        help="Use this number for a parameter (may be repeated).",
+    )(function)  # fmt: skip
+
+
+def json_option(function: F) -> F:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(function)
+
+
+def output_option(function: F) -> F:
+    """`-o/--output`."""
+    return click.option(
+        "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None,
+        help="Write here instead of the recipe's output path.",
+    )(function)  # fmt: skip
+
+
+def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None) -> Any:
+    """The recipe with the command line's changes."""
+    from dataclasses import replace
+
+    from ckptools.errors import RecipeError
+    from ckptools.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides=settings)
+    if output is None:
+        return loaded
+    if output.suffix != ".safetensors":
+        raise RecipeError(
+            f"the output {str(output)!r} does not end in .safetensors", where="--output"
+        )
+    return replace(loaded, output=replace(loaded.output, path=str(output.absolute())))

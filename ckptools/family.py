@@ -1,0 +1,736 @@
+"""Model families: what a file is, and what its tensors are called. Reads no tensor values.
+
+Everything known about a family stands in `families/<id>.yaml`; this module holds the language of
+those files and no model's name. A new family is a new file.
+
+    id, title, kind   kind: checkpoint, lora, embedding, controlnet, vae, text_encoder
+    extends           another file whose top-level keys hold where this one is silent
+    marks             facts that must all hold for a file to be of this family. The first says
+                      whether a file is near at all; the first that fails is the reason given
+    notes             marks that decide nothing and are only told
+    variants          id → architecture (ModelSpec 1.0.1), resolution, marks; the first that holds
+    variant_needed    no variant, no match
+    layouts           id → marks; the first that holds
+    components        name → prefixes of tensor names; the longest prefix decides, else "other"
+    renames           other spellings of a prefix → the spelling used everywhere else
+    blocks            order, of (prefix → block, first match), compat (name → rules tried before)
+    protected         patterns of tensors that are carried, whatever a formula says
+    input_tensors     the tensors whose dim 1 counts the input channels
+    prediction        markers (tensor → prediction), usual (where there is no marker)
+
+A mark asks one thing of the tensor names and shapes, and says it in words ("{}" is what was found):
+
+    any: PATTERNS       at least one such tensor; at_least and at_most bound their number;
+                        instead: {PATTERN: words} gives a better reason where that pattern is found
+    none: PATTERNS      no such tensor
+    each: PATTERNS      all such tensors (one at least) agree: `ndim`, or `dim` with a `size` (or a
+                        list) and/or `width_of` (the sum, over these patterns, of the last dim of
+                        the tensors found). A true size needs nothing else; a width of its own must
+                        fit other tensors of the file: that is how narrow relatives are recognised.
+    numbered: PREFIX#.  the numbers at "#" run up to `count` - 1
+    most: PATTERNS      more than half of all tensors are such
+
+In a pattern "*" is any text; in a prefix "#" is a number of up to four digits.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import cache, cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, cast, get_args
+
+from ckptools.errors import InputError, nearest
+from ckptools.tensors import TensorSpec
+
+Ask = Literal["any", "none", "each", "numbered", "most"]
+
+# In the order they are tried: adapters may repeat any model's names, parts lack what wholes have.
+KINDS = ("lora", "embedding", "checkpoint", "controlnet", "vae", "text_encoder")
+_WEIGHT_KINDS = frozenset({"checkpoint", "controlnet", "vae", "text_encoder"})
+_MOST_REJECTED = 3
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+_FOLDER = Path(__file__).parent / "families"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One fact a file must show; the fields are those of the language above."""
+
+    ask: Ask
+    patterns: tuple[str, ...]
+    says: str
+    at_least: int = 1
+    at_most: int = 1_000_000_000
+    instead: tuple[tuple[str, str], ...] = ()
+    ndim: int | None = None
+    dim: int = 0
+    sizes: tuple[int, ...] = ()
+    width_of: tuple[str, ...] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A relative with the same tensors: inpainting, depth.
+
+    architecture      ModelSpec id, or ""
+    resolution        "512x512", or ""
+    usual_prediction  where no marker says otherwise; None: as the family has it
+    predicts          prediction → (architecture, resolution) where it changes them
+    """
+
+    id: str
+    marks: tuple[Mark, ...]
+    architecture: str = ""
+    resolution: str = ""
+    usual_prediction: str | None = None
+    predicts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Tensors under `prefix` (which may hold a "#") are in `block` ("IN##"; "" is no block)."""
+
+    prefix: str
+    block: str
+
+    @cached_property
+    def matches(self) -> Callable[[str], re.Match[str] | None]:
+        """Matcher of tensor names; its group 1, if any, is the block's number."""
+        return _prefix_regex(self.prefix).match
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One data file. Ask it about single tensor names; ask `detect` about files.
+
+    components  component → prefixes, in the order of the file
+    blocks      block names in order: BASE IN00 … OUT11; () where the family has none
+    compat      how other tools assign blocks: name → rules tried before the family's own
+    protected   patterns of tensors that are carried from the base, never merged
+    """
+
+    id: str
+    title: str
+    kind: str
+    marks: tuple[Mark, ...] = ()
+    notes: tuple[Mark, ...] = ()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    variant_needed: bool = False
+    layouts: Mapping[str, tuple[Mark, ...]] = field(default_factory=dict)
+    components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renames: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    block_rules: tuple[BlockRule, ...] = ()
+    compat: Mapping[str, tuple[BlockRule, ...]] = field(default_factory=dict)
+    protected: tuple[str, ...] = ()
+    input_tensors: tuple[str, ...] = ()
+    usual_prediction: str | None = None
+    prediction_markers: Mapping[str, str] = field(default_factory=dict)
+
+    def component_of(self, name: str) -> str:
+        """The one component of a tensor, "other" where no prefix fits."""
+        for prefix, component in self._prefixes:
+            if name.startswith(prefix):
+                return component
+        return "other"
+
+    def block_of(self, name: str, compat: str = "") -> str:
+        """The merge block of a tensor, such as "IN04"; "" where it has none.
+
+        compat: a key of `self.compat` assigns time_embed, label_emb, out and the VAE as that tool
+        does. An unknown one is an InputError.
+        """
+        for rule in self._rules(compat):
+            match = rule.matches(name)
+            if match:
+                block = rule.block
+                if "#" in block:
+                    block = block.replace("##", match[1].zfill(2))
+                return block if block in self._block_set else ""
+        return ""
+
+    def is_protected(self, name: str) -> bool:
+        """Whether a tensor is carried from the base whatever the formula says."""
+        return self._protected.match(name) is not None
+
+    def canonical_name(self, name: str) -> str:
+        """The name under which the same tensor goes elsewhere; `name` where it has no other."""
+        for other, usual in self.renames.items():
+            if name.startswith(other):
+                return usual + name[len(other) :]
+        return name
+
+    def architecture(self, variant: str | None, prediction: str | None = None) -> str:
+        """The ModelSpec 1.0.1 architecture id: "stable-diffusion-v1-inpainting"; "" if none.
+
+        variant None means the first variant. A prediction counts only where the id depends on it
+        (stable-diffusion-v2-512, stable-diffusion-v2-768-v).
+        """
+        return self._architecture_and_resolution(variant, prediction)[0]
+
+    def resolution(self, variant: str | None, prediction: str | None = None) -> str:
+        """The usual picture size, "width x height" as ModelSpec has it: "512x512"; "" if none."""
+        return self._architecture_and_resolution(variant, prediction)[1]
+
+    def _architecture_and_resolution(
+        self, variant: str | None, prediction: str | None
+    ) -> tuple[str, str]:
+        if not self.variants:
+            return ("", "")
+        if variant is not None and variant not in self.variants:
+            raise InputError(
+                f"{self.id} has no variant {variant!r}", fix=nearest(variant, self.variants)
+            )
+        chosen = self.variants[variant] if variant else next(iter(self.variants.values()))
+        usual = (chosen.architecture, chosen.resolution)
+        return chosen.predicts.get(prediction or "", usual)
+
+    @cached_property
+    def _prefixes(self) -> tuple[tuple[str, str], ...]:
+        pairs = [(p, component) for component, ps in self.components.items() for p in ps]
+        return tuple(sorted(pairs, key=lambda pair: -len(pair[0])))
+
+    @cached_property
+    def _block_set(self) -> frozenset[str]:
+        return frozenset(self.blocks)
+
+    @cached_property
+    def _protected(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(translate, self.protected)) or r"(?!)")
+
+    def _rules(self, compat: str) -> tuple[BlockRule, ...]:
+        if not compat:
+            return self.block_rules
+        if compat not in self.compat:
+            raise InputError(
+                f"{self.id} has no block mapping {compat!r}",
+                fix=nearest(compat, self.compat) or "leave `compat` out",
+            )
+        return self._compat_rules[compat]
+
+    @cached_property
+    def _compat_rules(self) -> dict[str, tuple[BlockRule, ...]]:
+        return {name: (*rules, *self.block_rules) for name, rules in self.compat.items()}
+
+
+UNKNOWN = Family(id="unknown", title="unknown", kind="unknown", protected=("*position_ids",))
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A family that was near, and the first fact that speaks against it."""
+
+    family: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a file is, and why.
+
+    kind        checkpoint, lora, embedding, controlnet, vae, text_encoder or unknown
+    family      key of `load_families()`; None for adapters, embeddings and unknown files
+    variant     key of the family's variants; None where the deciding tensor is missing or new
+    layout      ldm, diffusers, kohya, peft …; None for unknown files
+    prediction  epsilon, v, edm, edm-v; None where neither header nor metadata can tell
+    evidence    facts in words, the deciding ones first
+    rejected    the nearest other families, nearest first
+    """
+
+    kind: str
+    family: str | None
+    variant: str | None
+    layout: str | None
+    prediction: str | None
+    evidence: tuple[str, ...]
+    rejected: tuple[Rejection, ...]
+
+
+def family_of(detection: Detection) -> Family:
+    """The family of a detected file, `UNKNOWN` where it has none."""
+    return load_families()[detection.family] if detection.family else UNKNOWN
+
+
+def detect(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] = _NO_METADATA
+) -> Detection:
+    """What the file with these tensors is, told from names and shapes alone.
+
+    metadata only tells the prediction where no marker tensor does (modelspec.prediction_type).
+    A family is recognised when all of its marks hold; there is no default and no share of names.
+    """
+    names = _Names(specs)
+    for kind in KINDS:
+        for family in _families_of_kind(kind):
+            if _all_hold(family.marks, names, family.id):
+                variant = _variant_of(family, names)
+                if variant is not None or not family.variant_needed:
+                    return _detection(family, variant, names, metadata)
+    return Detection(
+        kind="unknown",
+        family=None,
+        variant=None,
+        layout=None,
+        prediction=None,
+        evidence=_groups_in_words(specs),
+        rejected=_nearest_rejected(names, UNKNOWN),
+    )
+
+
+def _families_of_kind(kind: str) -> list[Family]:
+    return [family for family in load_families().values() if family.kind == kind]
+
+
+def _detection(
+    family: Family, variant: Variant | None, names: _Names, metadata: Mapping[str, str]
+) -> Detection:
+    findings = [_judge(mark, names, family.id) for mark in (*family.marks, *family.notes)]
+    evidence = [finding.words for finding in findings if finding.holds and finding.words]
+    if variant is not None:
+        evidence += [_judge(mark, names, family.id).words for mark in variant.marks]
+    elif family.variants:
+        evidence.append(_no_variant_in_words(family, names))
+    prediction, why = _prediction_of(family, variant, names, metadata)
+    is_weights = family.kind in _WEIGHT_KINDS
+    return Detection(
+        kind=family.kind,
+        family=family.id if is_weights else None,
+        variant=variant.id if variant else None,
+        layout=_layout_of(family, names),
+        prediction=prediction,
+        evidence=(*evidence, *why),
+        rejected=_nearest_rejected(names, family) if is_weights else (),
+    )
+
+
+def _all_hold(marks: Iterable[Mark], names: _Names, family: str) -> bool:
+    return all(_judge(mark, names, family).holds for mark in marks)
+
+
+def _variant_of(family: Family, names: _Names) -> Variant | None:
+    for variant in family.variants.values():
+        if _all_hold(variant.marks, names, family.id):
+            return variant
+    return None
+
+
+def _no_variant_in_words(family: Family, names: _Names) -> str:
+    mark = next(iter(family.variants.values())).marks[0]
+    finding = _judge(mark, names, family.id)
+    return f"no known variant of {family.id}: {finding.words}"
+
+
+def _layout_of(family: Family, names: _Names) -> str | None:
+    for layout, marks in family.layouts.items():
+        if _all_hold(marks, names, family.id):
+            return layout
+    return None
+
+
+def _prediction_of(
+    family: Family, variant: Variant | None, names: _Names, metadata: Mapping[str, str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """A marker tensor, else the file's own claim, else what is usual; and the evidence."""
+    for marker, prediction in family.prediction_markers.items():
+        if names.find(marker):
+            return prediction, (f"{marker} marks {prediction} prediction",)
+    if not family.prediction_markers and family.usual_prediction is None:
+        return None, ()
+    claim = metadata.get("modelspec.prediction_type", "")
+    if claim in {"epsilon", "v"}:
+        return claim, (f"metadata modelspec.prediction_type is {claim}",)
+    if metadata.get("modelspec.architecture", "").endswith("-v"):
+        return "v", ("metadata modelspec.architecture ends with -v",)
+    usual = variant.usual_prediction if variant else None
+    usual = usual or family.usual_prediction
+    if usual:
+        return usual, (f"no marker of another prediction: {usual}, as is usual",)
+    return None, ("the header cannot tell epsilon from v prediction",)
+
+
+def _nearest_rejected(names: _Names, found: Family) -> tuple[Rejection, ...]:
+    """The whole models whose first mark finds something, those with the fewest failures first."""
+    near = []
+    for family in _families_of_kind("checkpoint"):
+        findings = [_judge(mark, names, family.id) for mark in family.marks]
+        failed = [finding.words for finding in findings if not finding.holds]
+        if family is not found and failed and findings[0].is_positive:
+            near.append((len(failed), family.id, failed[0]))
+    return tuple(Rejection(family, why) for _, family, why in sorted(near)[:_MOST_REJECTED])
+
+
+def _groups_in_words(specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """What an unknown file holds: its largest groups of names, by their first two parts."""
+    if not specs:
+        return ("the file holds no tensors",)
+    pairs = Counter(".".join(name.split(".")[:2]) for name in specs)
+    groups: Counter[str] = Counter()
+    for pair, count in pairs.items():
+        groups[pair if count > 1 else pair.partition(".")[0]] += count
+    largest = sorted(groups.items(), key=lambda item: (-item[1], item[0]))[:3]
+    listed = ", ".join(f"{group} ({count})" for group, count in largest)
+    return (f"the marks of no known family hold; {len(specs)} tensors, most of them {listed}",)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What a mark found. is_positive: something is there, not merely absent."""
+
+    holds: bool
+    words: str
+    is_positive: bool = False
+
+
+class _Names:
+    """Tensor names, sorted, so that a pattern only meets the names that share its beginning."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self.specs = specs
+        self._sorted = sorted(specs)
+        self._joined = "\n".join(self._sorted)  # one fast look says that a pattern fits nothing
+        self._found: dict[str, list[str]] = {}
+        self._spans: dict[str, list[str]] = {}
+
+    def find(self, pattern: str) -> list[str]:
+        """The names that fit, sorted."""
+        if pattern not in self._found:
+            self._found[pattern] = self._search(pattern)
+        return self._found[pattern]
+
+    def find_any(self, patterns: Iterable[str]) -> list[str]:
+        """The names that fit one of the patterns, each once."""
+        return list(dict.fromkeys(name for pattern in patterns for name in self.find(pattern)))
+
+    def highest(self, prefix: str) -> int:
+        """The highest number at the "#" of the prefix; -1 where there is none."""
+        matches = map(_prefix_regex(prefix).match, self._span(prefix.partition("#")[0]))
+        return max((int(match[1]) for match in matches if match), default=-1)
+
+    def _search(self, pattern: str) -> list[str]:
+        head, star, rest = pattern.partition("*")
+        if not star:
+            return [pattern] if pattern in self.specs else []
+        if not head and max(rest.split("*"), key=len) not in self._joined:
+            return []
+        span = self._span(head)
+        if not rest:
+            return span
+        tail = rest.rpartition("*")[2]
+        shortest = len(head) + len(tail)
+        span = [name for name in span if name.endswith(tail) and len(name) >= shortest]
+        if "*" not in rest:
+            return span
+        matches = re.compile(translate(pattern)).match
+        return [name for name in span if matches(name)]
+
+    def _span(self, head: str) -> list[str]:
+        if head not in self._spans:
+            start = bisect_left(self._sorted, head)
+            end = bisect_left(self._sorted, head + "\U0010ffff", lo=start)
+            self._spans[head] = self._sorted[start:end]
+        return self._spans[head]
+
+
+def _judge(mark: Mark, names: _Names, family: str) -> _Finding:
+    return _JUDGES[mark.ask](mark, names, family)
+
+
+def _judge_any(mark: Mark, names: _Names, family: str) -> _Finding:
+    count = len(names.find_any(mark.patterns))
+    has = "has " + mark.says.format(count)
+    if mark.at_least <= count <= mark.at_most:
+        return _Finding(holds=True, words=has, is_positive=True)
+    for pattern, words in mark.instead:
+        if names.find(pattern):
+            return _Finding(holds=False, words=f"has {words}", is_positive=True)
+    if not count and "{}" not in mark.says:
+        return _Finding(holds=False, words=f"lacks {mark.says}")
+    bound = f"at least {mark.at_least}" if count < mark.at_least else f"at most {mark.at_most}"
+    return _Finding(holds=False, words=f"{has}; {family} has {bound}", is_positive=count > 0)
+
+
+def _judge_none(mark: Mark, names: _Names, family: str) -> _Finding:
+    if names.find_any(mark.patterns):
+        return _Finding(holds=False, words=f"has {mark.says}; {family} has none")
+    return _Finding(holds=True, words="")
+
+
+def _judge_each(mark: Mark, names: _Names, family: str) -> _Finding:
+    *subject, verb = mark.says.partition("{}")[0].split()
+    shapes = [names.specs[name].shape for name in names.find_any(mark.patterns)]
+    if not shapes:
+        return _Finding(holds=False, words=f"lacks {' '.join(subject)}")
+    found = sorted({_measure(shape, mark) for shape in shapes})
+    words = mark.says.format(", ".join(map(str, found)))
+    wanted = mark.sizes if mark.ndim is None else (mark.ndim,)
+    width = _width(mark, names)
+    if len(found) == 1 and found[0] in wanted:
+        return _Finding(holds=True, words=words, is_positive=True)
+    if found == [width]:
+        words += _width_in_words(mark, found[0])
+        return _Finding(holds=True, words=words, is_positive=True)
+    listed = " or ".join(map(str, wanted or (width,)))
+    return _Finding(holds=False, words=f"{words}; {family} {verb} {listed}")
+
+
+def _measure(shape: tuple[int, ...], mark: Mark) -> int:
+    """The number of dims, or the size of the mark's dim: 0 where the tensor has no such dim."""
+    if mark.ndim is not None:
+        return len(shape)
+    return shape[mark.dim] if -len(shape) <= mark.dim < len(shape) else 0
+
+
+def _width(mark: Mark, names: _Names) -> int | None:
+    """The sum of the last dims that `width_of` names; None where it cannot be told."""
+    total = 0
+    for pattern in mark.width_of:
+        widths = {names.specs[name].shape[-1:] for name in names.find(pattern)}
+        if len(widths) != 1 or () in widths:
+            return None
+        total += widths.pop()[0]
+    return total or None
+
+
+def _width_in_words(mark: Mark, width: int) -> str:
+    source = " + ".join(pattern.partition("*")[0].rstrip(".") for pattern in mark.width_of)
+    if not mark.sizes:
+        return f", as wide as {source}"
+    word = "reduced" if width < mark.sizes[0] else "another"
+    return f" ({word} width: {width} instead of {mark.sizes[0]}, as wide as {source})"
+
+
+def _judge_numbered(mark: Mark, names: _Names, family: str) -> _Finding:
+    count = max(names.highest(prefix) for prefix in mark.patterns) + 1
+    words = mark.says.format(count)
+    if count == mark.count:
+        return _Finding(holds=True, words=words, is_positive=True)
+    return _Finding(holds=False, words=f"{words}; {family} has {mark.count}")
+
+
+def _judge_most(mark: Mark, names: _Names, family: str) -> _Finding:
+    count, total = len(names.find_any(mark.patterns)), len(names.specs)
+    words = f"{count} of {total} tensors are {mark.says}"
+    if 2 * count > total:
+        return _Finding(holds=True, words=words, is_positive=True)
+    return _Finding(holds=False, words=f"{words}; {family} has more than half")
+
+
+_JUDGES: Mapping[str, Callable[[Mark, _Names, str], _Finding]] = MappingProxyType(
+    {
+        "any": _judge_any,
+        "none": _judge_none,
+        "each": _judge_each,
+        "numbered": _judge_numbered,
+        "most": _judge_most,
+    }
+)
+
+
+@cache
+def _prefix_regex(prefix: str) -> re.Pattern[str]:
+    head, mark, tail = prefix.partition("#")
+    number = r"(\d{1,4})" if mark else ""
+    return re.compile(re.escape(head) + number + re.escape(tail))
+
+
+# --- reading the data files ---------------------------------------------------------------------
+
+
+@cache
+def load_families() -> Mapping[str, Family]:
+    """Every family by its id, read once from the package's data files."""
+    return read_families(_FOLDER)
+
+
+def read_families(folder: Path) -> Mapping[str, Family]:
+    """The families of a folder of `*.yaml` files, by id, sorted.
+
+    A file that breaks the language is an InputError naming file and key.
+    """
+    raw = {path.stem: _read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
+    families: dict[str, Family] = {}
+    for stem, data in raw.items():
+        if stem.startswith("_"):
+            continue
+        try:
+            base = raw[str(data["extends"])] if "extends" in data else {}
+            family = _family({**base, **data})
+        except (KeyError, TypeError, ValueError) as exc:
+            raise InputError(f"not a family: {exc}", where=f"{stem}.yaml") from exc
+        families[family.id] = family
+    return MappingProxyType(families)
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    import yaml  # only who asks for families pays for it
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except yaml.YAMLError as exc:
+        raise InputError(f"not YAML: {exc}", where=path.name) from exc
+    if not isinstance(data, dict):
+        raise InputError("not a mapping", where=path.name)
+    return data
+
+
+# `diffusers` and `render` belong to the modules that convert and render.
+_FAMILY_KEYS = (
+    *("extends", "id", "title", "kind", "marks", "notes", "variants", "variant_needed", "layouts"),
+    *("components", "renames", "blocks", "protected", "input_tensors", "prediction"),
+    *("diffusers", "render"),
+)
+
+
+def _family(data: dict[str, object]) -> Family:
+    _check_keys(data, _FAMILY_KEYS)
+    kind = str(data["kind"])
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}; {nearest(kind, KINDS)}")
+    blocks = _mapping(data.get("blocks"))
+    prediction = _mapping(data.get("prediction"))
+    variants = _mapping(data.get("variants"))
+    compat = _mapping(blocks.get("compat"))
+    layouts = _mapping(data.get("layouts"))
+    components = _mapping(data.get("components"))
+    return Family(
+        id=str(data["id"]),
+        title=str(data["title"]),
+        kind=kind,
+        marks=_marks(data["marks"]),
+        notes=_marks(data.get("notes")),
+        variants=MappingProxyType({key: _variant(key, variants[key]) for key in variants}),
+        variant_needed=data.get("variant_needed") is True,
+        layouts=MappingProxyType({key: _marks(layouts[key]) for key in layouts}),
+        components=MappingProxyType({key: _texts(components[key]) for key in components}),
+        renames=MappingProxyType(_text_mapping(data.get("renames"))),
+        blocks=expand_blocks(str(blocks.get("order", ""))),
+        block_rules=_block_rules(blocks.get("of")),
+        compat=MappingProxyType({key: _block_rules(compat[key]) for key in compat}),
+        protected=_texts(data.get("protected")),
+        input_tensors=_texts(data.get("input_tensors")),
+        usual_prediction=_text_or_none(prediction.get("usual")),
+        prediction_markers=MappingProxyType(_text_mapping(prediction.get("markers"))),
+    )
+
+
+def expand_blocks(text: str) -> tuple[str, ...]:
+    """Block names of a text such as "BASE IN00-IN11 M00".
+
+    >>> expand_blocks("BASE IN00-IN02")
+    ('BASE', 'IN00', 'IN01', 'IN02')
+    """
+    names: list[str] = []
+    for word in text.split():
+        first, dash, last = word.partition("-")
+        letters = first.rstrip("0123456789")
+        if not dash:
+            names.append(word)
+            continue
+        span = range(int(first[len(letters) :]), int(last[len(letters) :]) + 1)
+        names += [f"{letters}{number:02d}" for number in span]
+    return tuple(names)
+
+
+def _variant(variant_id: str, data: object) -> Variant:
+    fields = _mapping(data)
+    _check_keys(fields, {"architecture", "resolution", "marks", "usual_prediction", "predicts"})
+    predicts = {
+        prediction: (str(_mapping(other)["architecture"]), str(_mapping(other)["resolution"]))
+        for prediction, other in _mapping(fields.get("predicts")).items()
+    }
+    return Variant(
+        id=variant_id,
+        marks=_marks(fields["marks"]),
+        architecture=str(fields.get("architecture", "")),
+        resolution=str(fields.get("resolution", "")),
+        usual_prediction=_text_or_none(fields.get("usual_prediction")),
+        predicts=MappingProxyType(predicts),
+    )
+
+
+_MARK_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "any": frozenset({"at_least", "at_most", "instead"}),
+        "none": frozenset(),
+        "each": frozenset({"ndim", "dim", "size", "width_of"}),
+        "numbered": frozenset({"count"}),
+        "most": frozenset(),
+    }
+)
+
+
+def _marks(data: object) -> tuple[Mark, ...]:
+    return tuple(_mark(_mapping(item)) for item in _list(data))
+
+
+def _mark(data: dict[str, object]) -> Mark:
+    asks = [ask for ask in get_args(Ask) if ask in data]
+    if len(asks) != 1:
+        raise ValueError(f"a mark asks one of {', '.join(get_args(Ask))}: {data}")
+    ask = cast(Ask, asks[0])
+    _check_keys(data, {ask, "says"} | _MARK_KEYS[ask])
+    if ask == "each" and "ndim" not in data and not {"size", "width_of"} & data.keys():
+        raise ValueError(f"`each` needs `ndim`, or `dim` with `size` or `width_of`: {data}")
+    return Mark(
+        ask=ask,
+        patterns=_texts(data[ask]),
+        says=str(data["says"]),
+        at_least=_int(data.get("at_least", 1)),
+        at_most=_int(data.get("at_most", Mark.at_most)),
+        instead=tuple(_text_mapping(data.get("instead")).items()),
+        ndim=_int(data["ndim"]) if "ndim" in data else None,
+        dim=_int(data.get("dim", 0)),
+        sizes=tuple(_int(size) for size in _list(data.get("size"))),
+        width_of=_texts(data.get("width_of")),
+        count=_int(data.get("count", 0)),
+    )
+
+
+def _block_rules(data: object) -> tuple[BlockRule, ...]:
+    return tuple(BlockRule(prefix, block) for prefix, block in _text_mapping(data).items())
+
+
+def _check_keys(data: Mapping[str, object], known: Iterable[str]) -> None:
+    for key in sorted(data.keys() - set(known)):
+        raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
+
+
+def _mapping(data: object) -> dict[str, object]:
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise TypeError(f"a mapping is wanted, not {data!r}")
+    return {str(key): value for key, value in data.items()}
+
+
+def _text_mapping(data: object) -> dict[str, str]:
+    return {key: str(value) for key, value in _mapping(data).items()}
+
+
+def _list(data: object) -> list[object]:
+    if data is None:
+        return []
+    return data if isinstance(data, list) else [data]
+
+
+def _texts(data: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in _list(data))
+
+
+def _text_or_none(data: object) -> str | None:
+    return None if data is None else str(data)
+
+
+def _int(data: object) -> int:
+    if not isinstance(data, int):
+        raise TypeError(f"a whole number is wanted, not {data!r}")
+    return data

@@ -1,0 +1,624 @@
+"""Formulas: text to a tree, the tree's type, and the tree with its numbers put in.
+
+    "A + (B - C) * M"  --parse_formula-->  Expr  --check_formula-->  weights
+                       --specialise(M = 0.7)-->  Linear{A: 1, B: 0.7, C: -0.7}
+
+Knows method signatures, but no files, no tensors and no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from ckptools.errors import RecipeError, nearest
+from ckptools.methods import Method
+
+Kind = Literal["weights", "delta", "scalar"]
+MAX_FORMULA_CHARS = 20_000
+
+# --- the tree ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """A literal number."""
+
+    value: float
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A model, a `let`, or a parameter."""
+
+    id: str
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """left op right, op one of + - * /."""
+
+    op: str
+    left: Expr
+    right: Expr
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """method(*args, **keywords)."""
+
+    method: str
+    args: tuple[Expr, ...]
+    keywords: tuple[tuple[str, Expr], ...]
+    column: int = field(default=0, compare=False)
+
+
+Expr: TypeAlias = Number | Name | Binary | Call
+
+_OPERATORS: dict[type[ast.operator], str] = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+}
+_LOOKALIKES = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∗": "*"}  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A parsed formula with the text it came from, for errors that point into it."""
+
+    text: str
+    tree: Expr
+    where: str = ""
+
+    def error(self, what: str, column: int, fix: str = "") -> RecipeError:
+        """An error that shows the formula and a caret under `column` (1-based)."""
+        return _error(self.text, what, column, where=self.where, fix=fix)
+
+
+def _error(text: str, what: str, column: int, *, where: str, fix: str = "") -> RecipeError:
+    pointer = f"\n    {text}\n    {' ' * (column - 1)}^"
+    place = f"{where}, column {column} of the formula" if where else f"column {column}"
+    return RecipeError(what + pointer, where=place, fix=fix)
+
+
+def parse_formula(text: str, *, where: str = "") -> Formula:
+    """Parse a formula; only + - * /, parentheses, names, numbers and method calls exist.
+
+    Raises `RecipeError` with the column of the first thing that is not one of these.
+    """
+    flat = text.replace("\n", " ").replace("\t", " ").rstrip()
+    for odd, plain in _LOOKALIKES.items():
+        if odd in flat:
+            raise _error(
+                flat,
+                f"{odd!r} is not an operator",
+                flat.index(odd) + 1,
+                where=where,
+                fix=f"write {plain!r}",
+            )
+    if len(flat) > MAX_FORMULA_CHARS:
+        raise RecipeError(f"a formula of {len(flat):,} characters", where=where, fix="use `let:`")
+    indent = len(flat) - len(flat.lstrip())
+    try:
+        parsed = ast.parse(flat.lstrip(), mode="eval")
+        return Formula(flat, _Builder(flat, where, indent).build(parsed.body), where)
+    except SyntaxError as exc:
+        column = min(indent + (exc.offset or 1), len(flat) + 1)
+        raise _error(
+            flat,
+            "this does not read as a formula",
+            max(column, 1),
+            where=where,
+            fix="write it like A + (B - C) * M",
+        ) from exc
+    except (RecursionError, MemoryError) as exc:
+        raise RecipeError(
+            "the formula is nested too deeply", where=where, fix="use `let:`"
+        ) from exc
+    except ValueError as exc:  # null bytes
+        raise RecipeError(f"the formula cannot be read: {exc}", where=where) from exc
+
+
+class _Builder:
+    """Turns Python's syntax tree into ours, refusing every node kind not listed here."""
+
+    def __init__(self, text: str, where: str, indent: int) -> None:
+        self._text, self._where, self._indent = text, where, indent
+
+    def build(self, node: ast.expr) -> Expr:
+        column = self._column(node)
+        match node:
+            case ast.Constant(value=bool() | str() | bytes() | complex() | None):
+                raise self._error(f"{node.value!r} is not a number", node)
+            case ast.Constant(value=int() | float() as value):
+                return Number(self._finite(value, node), column)
+            case ast.Name(id=name):
+                return Name(name, column)
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self.build(operand)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                inner = self.build(operand)
+                if isinstance(inner, Number):
+                    return Number(-inner.value, column)
+                return Binary("*", Number(-1.0, column), inner, column)
+            case ast.BinOp(op=operator) if type(operator) in _OPERATORS:
+                left, right = self.build(node.left), self.build(node.right)
+                return Binary(_OPERATORS[type(operator)], left, right, column)
+            case ast.BinOp(op=ast.Pow()):
+                raise self._error("`**` is not part of formulas", node, "only + - * / and methods")
+            case ast.Call(func=ast.Name(id=name)):
+                return self._call(name, node)
+        raise self._error(
+            "this is not part of formulas", node, "only names, numbers, + - * / and method calls"
+        )
+
+    def _call(self, name: str, node: ast.Call) -> Call:
+        for argument in node.args:
+            if isinstance(argument, ast.Starred):
+                raise self._error("`*` is not part of formulas", argument, "name the models")
+        keywords: dict[str, Expr] = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise self._error("`**` is not part of formulas", keyword.value)
+            keywords[keyword.arg] = self.build(keyword.value)
+        args = tuple(self.build(argument) for argument in node.args)
+        return Call(name, args, tuple(keywords.items()), self._column(node))
+
+    def _finite(self, value: float, node: ast.expr) -> float:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self._error("the number is too large", node)
+        return number
+
+    def _column(self, node: ast.expr) -> int:
+        # ast counts UTF-8 bytes; people count characters
+        prefix = self._text.lstrip().encode()[: node.col_offset]
+        return self._indent + len(prefix.decode("utf-8", "ignore")) + 1
+
+    def _error(self, what: str, node: ast.expr, fix: str = "") -> RecipeError:
+        return _error(self._text, what, self._column(node), where=self._where, fix=fix)
+
+
+def names_in(expr: Expr) -> Iterator[Name]:
+    """Every name of a formula, left to right, repeats included."""
+    match expr:
+        case Name():
+            yield expr
+        case Binary(left=left, right=right):
+            yield from names_in(left)
+            yield from names_in(right)
+        case Call(args=args, keywords=keywords):
+            for part in (*args, *(value for _, value in keywords)):
+                yield from names_in(part)
+
+
+# --- types -------------------------------------------------------------------------------------
+
+# Values that no user's coefficients cancel by accident: the sum of a linear formula's
+# coefficients is zero at all three exactly when it is zero whatever the parameters are.
+_PROBES = (0.7390851332151607, 1.4142135623730951, 2.2360679774997896)
+
+
+@dataclass(frozen=True)
+class _Typed:
+    """A type, with the value (scalar) or the sum of coefficients (otherwise) at each probe."""
+
+    kind: Kind
+    sums: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The names a formula may use: models, parameters, and earlier `let` formulas."""
+
+    models: frozenset[str]
+    params: frozenset[str]
+    lets: Mapping[str, Formula]
+    methods: Mapping[str, Method]
+
+    @property
+    def names(self) -> list[str]:
+        """All names in scope."""
+        return sorted({*self.models, *self.params, *self.lets})
+
+
+def check_formula(formula: Formula, scope: Scope) -> Kind:
+    """The type of a formula: "weights", "delta" or "scalar".
+
+    B - C is a delta and A + delta is weights, because of what their coefficients add up to:
+    a difference whose coefficients always add up to 0 is a delta, anything else is weights.
+    Raises `RecipeError` with the column of an unknown name or an operation without meaning.
+    """
+    return _Checker(formula, scope).typed(formula.tree).kind
+
+
+class _Checker:
+    def __init__(self, formula: Formula, scope: Scope) -> None:
+        self._formula, self._scope = formula, scope
+
+    def typed(self, expr: Expr) -> _Typed:
+        match expr:
+            case Number(value=value):
+                return _Typed("scalar", (value,) * len(_PROBES))
+            case Name():
+                return self._name(expr)
+            case Call():
+                return self._call(expr)
+            case Binary(op="*" | "/"):
+                return self._product(expr)
+            case Binary():
+                return self._sum(expr)
+
+    def _name(self, expr: Name) -> _Typed:
+        scope = self._scope
+        if expr.id in scope.models:
+            return _Typed("weights", (1.0,) * len(_PROBES))
+        if expr.id in scope.lets:
+            return _Checker(scope.lets[expr.id], scope).typed(scope.lets[expr.id].tree)
+        if expr.id in scope.params:
+            shift = 1 + (sum(expr.id.encode()) % 97) / 100  # tells parameters apart
+            return _Typed("scalar", tuple(probe * shift for probe in _PROBES))
+        if expr.id in scope.methods:
+            raise self._formula.error(
+                f"{expr.id!r} is a method", expr.column, f"call it: {usage(scope.methods[expr.id])}"
+            )
+        raise self._formula.error(
+            f"unknown name {expr.id!r}", expr.column, nearest(expr.id, scope.names)
+        )
+
+    def _product(self, expr: Binary) -> _Typed:
+        left, right = self.typed(expr.left), self.typed(expr.right)
+        if expr.op == "/":
+            if right.kind != "scalar":
+                raise self._formula.error(
+                    f"cannot divide by {right.kind}", expr.right.column, "divide by a number"
+                )
+            if any(value == 0 for value in right.sums):
+                raise self._formula.error("division by zero", expr.right.column)
+            return _Typed(left.kind, _each(left, right, lambda x, y: x / y))
+        if "scalar" not in (left.kind, right.kind):
+            raise self._formula.error(
+                f"cannot multiply {left.kind} by {right.kind}",
+                expr.right.column,
+                "multiply a model by a number, or mix: A * (1 - M) + B * M",
+            )
+        kind = left.kind if right.kind == "scalar" else right.kind
+        return _Typed(kind, _each(left, right, lambda x, y: x * y))
+
+    def _sum(self, expr: Binary) -> _Typed:
+        left, right = self.typed(expr.left), self.typed(expr.right)
+        sign = 1 if expr.op == "+" else -1
+        sums = _each(left, right, lambda x, y: x + sign * y)
+        if left.kind == right.kind == "scalar":
+            return _Typed("scalar", sums)
+        if "scalar" in (left.kind, right.kind):
+            other = right.kind if left.kind == "scalar" else left.kind
+            raise self._formula.error(
+                f"cannot {'add' if sign > 0 else 'subtract'} a number and {other}",
+                expr.right.column,
+                "multiply by numbers; add and subtract models",
+            )
+        zero = all(abs(total) < 1e-9 for total in sums)
+        return _Typed("delta" if zero else "weights", sums)
+
+    def _call(self, expr: Call) -> _Typed:
+        method = self._scope.methods.get(expr.method)
+        if method is None:
+            if expr.method in self._scope.names:
+                raise self._formula.error(
+                    f"{expr.method!r} is not a method", expr.column, f"write {expr.method} * (…)"
+                )
+            raise self._formula.error(
+                f"unknown method {expr.method!r}",
+                expr.column,
+                nearest(expr.method, self._scope.methods),
+            )
+        bound = bind(expr, method, self._formula)
+        for name, value in (*bound.models, *bound.scalars):
+            wanted = "scalar" if name in method.scalars else "weights"
+            found = self.typed(value).kind
+            if found != wanted:
+                noun = {"scalar": "a number", "weights": "a model", "delta": "a difference"}
+                raise self._formula.error(
+                    f"{expr.method}: {name!r} is {noun[found]}, it must be {noun[wanted]}",
+                    value.column,
+                    f"{usage(method)}",
+                )
+            if isinstance(value, Number):
+                _check_bounds(method, name, value.value, self._formula, value.column)
+        return _Typed("weights", (1.0,) * len(_PROBES))
+
+
+def _each(
+    left: _Typed, right: _Typed, combine: Callable[[float, float], float]
+) -> tuple[float, ...]:
+    return tuple(combine(x, y) for x, y in zip(left.sums, right.sums, strict=True))
+
+
+# --- calls -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call's arguments matched to the method's parameters, models in calling order."""
+
+    models: tuple[tuple[str, Expr], ...]
+    scalars: tuple[tuple[str, Expr], ...]
+
+
+def bind(call: Call, method: Method, formula: Formula) -> Bound:
+    """Match arguments to parameters, or raise with the column of the one that does not fit."""
+    models: dict[str, Expr] = {}
+    extra: list[tuple[str, Expr]] = []
+    scalars: dict[str, Expr] = {}
+    for position, value in enumerate(call.args):
+        if position < len(method.models):
+            models[method.models[position]] = value
+        elif method.variadic:
+            extra.append((method.variadic, value))
+        else:
+            raise formula.error(
+                f"{call.method} takes {len(method.models)} models, this is one more",
+                value.column,
+                usage(method),
+            )
+    for name, value in call.keywords:
+        known = (*method.models, *method.keyword_models, *method.scalars)
+        if name not in known:
+            raise formula.error(
+                f"{call.method} has no {name!r}", value.column, nearest(name, known)
+            )
+        if name in models:
+            raise formula.error(f"{call.method}: {name!r} is given twice", value.column)
+        (scalars if name in method.scalars else models)[name] = value
+    wanted = [*method.models, *method.keyword_models]
+    wanted += [name for name, scalar in method.scalars.items() if scalar.default is None]
+    for name in wanted:
+        if name not in models and name not in scalars:
+            raise formula.error(f"{call.method} needs {name!r}", call.column, usage(method))
+    if method.variadic and len(extra) < method.minimum:
+        raise formula.error(
+            f"{call.method} needs at least {method.minimum} models, {len(extra)} given",
+            call.column,
+            usage(method),
+        )
+    ordered = [(name, models[name]) for name in method.models]
+    ordered += extra
+    ordered += [(name, models[name]) for name in method.keyword_models]
+    return Bound(tuple(ordered), tuple(scalars.items()))
+
+
+def usage(method: Method) -> str:
+    """How a method is called: "slerp(a, b, t=0.5)"."""
+    parts = [*method.models]
+    if method.variadic:
+        parts.append("model, " * method.minimum + "…")
+    parts += [f"{name}=model" for name in method.keyword_models]
+    parts += [
+        f"{scalar.name}=" + ("number" if scalar.default is None else f"{scalar.default:g}")
+        for scalar in method.scalars.values()
+    ]
+    return f"{method.name}({', '.join(parts)})"
+
+
+def _check_bounds(method: Method, name: str, value: float, formula: Formula, column: int) -> None:
+    scalar = method.scalars[name]
+    if not scalar.minimum <= value <= scalar.maximum:
+        raise formula.error(
+            f"{method.name}: {name} = {value:g} is outside "
+            f"{scalar.minimum:g} to {scalar.maximum:g}",
+            column,
+        )
+
+
+def base_model(formula: Formula, scope: Scope) -> str:
+    """The leftmost model that is not inside a delta: it gives the list of tensors.
+
+    >>> # (B - C) * M + A  ->  A ;  ties(A, B, base=C)  ->  C
+    """
+    checker = _Checker(formula, scope)
+
+    def find(expr: Expr) -> str:
+        match expr:
+            case Name(id=name):
+                return find_let(name) if name in scope.lets else name
+            case Call(method=method_name):
+                method = scope.methods[method_name]
+                models = bind(expr, method, formula).models
+                return find(next(value for name, value in models if name == method.anchor))
+            case Binary(left=left, right=right):
+                return find(left if checker.typed(left).kind == "weights" else right)
+        raise formula.error("the formula names no model", expr.column)
+
+    def find_let(name: str) -> str:
+        return base_model(scope.lets[name], scope)
+
+    return find(formula.tree)
+
+
+# --- numbers put in ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A method that is not linear, with its models and its numbers: a leaf of a linear form."""
+
+    method: str
+    models: tuple[Linear, ...]
+    scalars: tuple[tuple[str, float], ...]
+
+
+Leaf: TypeAlias = str | Applied
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear form: (leaf, coefficient) pairs in order of first appearance, zeros left out.
+
+    Supports + - * / so that a linear method can be called on it instead of on tensors.
+    """
+
+    terms: tuple[tuple[Leaf, float], ...]
+
+    @classmethod
+    def of(cls, leaf: Leaf) -> Linear:
+        """1 * leaf."""
+        return cls(((leaf, 1.0),))
+
+    def __add__(self, other: Linear) -> Linear:
+        sums: dict[Leaf, float] = dict(self.terms)
+        sizes: dict[Leaf, float] = {leaf: abs(value) for leaf, value in self.terms}
+        for leaf, value in other.terms:
+            sums[leaf] = sums.get(leaf, 0.0) + value
+            sizes[leaf] = sizes.get(leaf, 0.0) + abs(value)
+        # what is left of 0.1 + 0.2 - 0.3 is not a coefficient
+        return Linear(
+            tuple((leaf, value) for leaf, value in sums.items() if abs(value) > 1e-15 * sizes[leaf])
+        )
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + other * -1.0
+
+    def __mul__(self, factor: float) -> Linear:
+        if factor == 0:
+            return Linear(())
+        return Linear(tuple((leaf, value * factor) for leaf, value in self.terms))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Linear:
+        return Linear(tuple((leaf, value / divisor) for leaf, value in self.terms))
+
+    @property
+    def total(self) -> float:
+        """The sum of the coefficients: 1 for a proper mix of models."""
+        return math.fsum(value for _, value in self.terms)
+
+    def model_names(self) -> Iterator[str]:
+        """Every model of the form, nested ones included, in order, repeats possible."""
+        for leaf, _ in self.terms:
+            if isinstance(leaf, str):
+                yield leaf
+            else:
+                for model in leaf.models:
+                    yield from model.model_names()
+
+    def __str__(self) -> str:
+        text = ""
+        for leaf, value in self.terms:
+            name = leaf if isinstance(leaf, str) else _applied_text(leaf)
+            sign = ("-" if value < 0 else "") if not text else (" - " if value < 0 else " + ")
+            size = abs(value)
+            text += sign + (name if size == 1 else f"{size:.6g}*{name}")
+        return text or "0"
+
+
+def _applied_text(leaf: Applied) -> str:
+    parts = [str(model) for model in leaf.models]
+    parts += [f"{name}={value:.6g}" for name, value in leaf.scalars]
+    return f"{leaf.method}({', '.join(parts)})"
+
+
+def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) -> Linear:
+    """The formula with its parameters' values put in: what one tensor's merge is.
+
+    value_of  parameter name -> its value for the tensor in hand
+    Raises `RecipeError` where the values leave a method's bounds or divide by zero.
+    """
+
+    def scalar(expr: Expr, inside: Formula) -> float:
+        match expr:
+            case Number(value=value):
+                return value
+            case Name(id=name):
+                if name in scope.lets:
+                    return scalar(scope.lets[name].tree, scope.lets[name])
+                return value_of[name]
+            case Binary(op=op, left=left, right=right):
+                x, y = scalar(left, inside), scalar(right, inside)
+                if op == "/" and y == 0:
+                    raise inside.error("division by zero", right.column)
+                return {"+": x + y, "-": x - y, "*": x * y}[op] if op != "/" else x / y
+        raise inside.error("a method does not give a number", expr.column)
+
+    def form(expr: Expr, inside: Formula) -> Linear:
+        match expr:
+            case Name(id=name):
+                if name in scope.lets:
+                    return form(scope.lets[name].tree, scope.lets[name])
+                return Linear.of(name)
+            case Binary(op="+", left=left, right=right):
+                return form(left, inside) + form(right, inside)
+            case Binary(op="-", left=left, right=right):
+                return form(left, inside) - form(right, inside)
+            case Binary(op="/", left=left, right=right):
+                divisor = scalar(right, inside)
+                if divisor == 0:
+                    raise inside.error("division by zero", right.column)
+                return form(left, inside) / divisor
+            case Binary(op="*", left=left, right=right):
+                if is_scalar(left, scope):
+                    return form(right, inside) * scalar(left, inside)
+                return form(left, inside) * scalar(right, inside)
+            case Call():
+                return called(expr, inside)
+        raise inside.error("a number where a model is wanted", expr.column)
+
+    def called(call: Call, inside: Formula) -> Linear:
+        method = scope.methods[call.method]
+        bound = bind(call, method, inside)
+        numbers = {s.name: s.default for s in method.scalars.values() if s.default is not None}
+        for name, value in bound.scalars:
+            numbers[name] = scalar(value, inside)
+            _check_bounds(method, name, numbers[name], inside, value.column)
+        models = [(name, form(value, inside)) for name, value in bound.models]
+        if method.access == "linear":
+            positional = [value for name, value in models if name not in method.keyword_models]
+            keywords = {name: value for name, value in models if name in method.keyword_models}
+            result: Linear = method.function(*positional, **keywords, **numbers)
+            return result
+        ordered = tuple((name, numbers[name]) for name in method.scalars)
+        return Linear.of(Applied(method.name, tuple(value for _, value in models), ordered))
+
+    return form(formula.tree, formula)
+
+
+def is_scalar(expr: Expr, scope: Scope) -> bool:
+    """Whether an expression that passed `check_formula` is a number."""
+    match expr:
+        case Number():
+            return True
+        case Name(id=name):
+            if name in scope.lets:
+                return is_scalar(scope.lets[name].tree, scope)
+            return name in scope.params
+        case Binary(left=left, right=right):
+            return is_scalar(left, scope) and is_scalar(right, scope)
+        case Call():
+            return False
+
+
+def used_names(formula: Formula, scope: Scope) -> Iterable[str]:
+    """Every model and parameter a formula uses, through `let`s, first use first."""
+    seen: dict[str, None] = {}
+
+    def walk(current: Formula) -> None:
+        for name in names_in(current.tree):
+            if name.id in scope.lets:
+                walk(scope.lets[name.id])
+            else:
+                seen.setdefault(name.id)
+
+    walk(formula)
+    return tuple(seen)

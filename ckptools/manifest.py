@@ -1,0 +1,289 @@
+"""What a merge says about itself: metadata inside the file, and the manifest beside it.
+
+Deterministic (no dates, no host) and private: no path of the user's machine, only file names.
+Must not know how tensors are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata as package_metadata
+from pathlib import Path
+
+from ckptools.checkpoint import Checkpoint
+from ckptools.plan import Plan, Source
+from ckptools.tensors import RECIPE_DTYPES
+from ckptools.writer import Layout
+
+MANIFEST_SCHEMA = "ckptools.manifest/1"
+MANIFEST_SUFFIX = ".ckptools.json"
+HASH_KEY = "modelspec.hash_sha256"
+HASH_PLACEHOLDER = "0x" + "0" * 64
+_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+
+# About the base's own file, and untrue of what is made from it.
+_STALE = {
+    HASH_KEY, "modelspec.title", "modelspec.date", "modelspec.thumbnail", "modelspec.merged_from",
+    "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec",
+    "modelspec.resolution", "sd_merge_recipe", "sd_merge_models", "sshs_model_hash",
+    "sshs_legacy_hash", "ckptools.recipe", "ckptools.version",
+}  # fmt: skip
+_LOCAL_PATH = re.compile(r"(?:^|[\s\"'=:,(\[])(?:/[\w.~-]+/[^\s\"']|~/|[A-Za-z]:[\\/]|\\\\\w)")
+_WEB = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"']*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Metadata for the output's header, and what was left out of it."""
+
+    entries: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def names_local_path(text: str) -> bool:
+    """Whether a text holds a path of somebody's machine (web addresses are not)."""
+    return bool(_LOCAL_PATH.search(_WEB.sub(" ", text)))
+
+
+def legacy_hash(checkpoint: Checkpoint) -> str:
+    """The web UI's short "legacy hash" of a single file: 64 KiB at 1 MiB, first 8 digits.
+
+    Source: AUTOMATIC1111 web UI, `sd_models.model_hash`.
+    """
+    with checkpoint.files[0].path.open("rb") as stream:
+        stream.seek(0x100000)
+        return hashlib.sha256(stream.read(0x10000)).hexdigest()[:8]
+
+
+def file_label(source: Source) -> str:
+    """The source's file name, without its folder."""
+    return source.checkpoint.path.name
+
+
+# --- the recipe, as plain data -----------------------------------------------------------------
+
+
+def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
+    """The recipe as data that reads as a recipe again; files by name, never by path.
+
+    sha256s  model name -> sha256 of its file, where known
+    """
+    recipe = plan.recipe
+    models: dict[str, object] = {}
+    for source in plan.sources:
+        entry = {"path": file_label(source)}
+        if source.name in sha256s:
+            entry["sha256"] = sha256s[source.name]
+        models[source.name] = entry
+    document: dict[str, object] = {"ckptools": 1, "models": models}
+    if recipe.params:
+        document["params"] = {
+            ref.name: ({"mbw": list(ref.mbw)} if ref.mbw else {})
+            | {line.selector: line.value for line in ref.lines}
+            for ref in recipe.params.values()
+        }  # fmt: skip
+    if recipe.lets:
+        document["let"] = {name: formula.text.strip() for name, formula in recipe.lets.items()}
+    document["merge"] = recipe.merge.text.strip()
+    document["base"] = recipe.base
+    if recipe.take:
+        document["take"] = {component: model for component, (model, _) in recipe.take.items()}
+    names = {"keep": "keep"} | {dtype: name for name, dtype in RECIPE_DTYPES.items()}
+    output: dict[str, object] = {
+        "path": recipe.output_path.name,
+        "dtype": {part: names[dtype] for part, dtype in recipe.output.dtypes.items()},
+    }
+    if recipe.output.shard_bytes:
+        output["shard_size"] = recipe.output.shard_bytes
+    document["output"] = output
+    if recipe.seed:
+        document["seed"] = recipe.seed
+    if recipe.compat:
+        document["compat"] = recipe.compat
+    return document
+
+
+# --- inside the file ---------------------------------------------------------------------------
+
+
+def embedded_metadata(plan: Plan, sha256s: Mapping[str, str]) -> Embedded:
+    """The output's `__metadata__`: the base's, our recipe, ModelSpec, and the web UI's keys.
+
+    Sources: ModelSpec 1.0.1 (Stability-AI/ModelSpec); AUTOMATIC1111 web UI, `extras.py`
+    (`sd_merge_recipe`, `sd_merge_models`).
+    """
+    entries: dict[str, str] = {}
+    notes: list[str] = []
+    for key, value in plan.base.checkpoint.metadata.items():
+        if key in _STALE:
+            continue
+        if names_local_path(value) or names_local_path(key):
+            notes.append(f"metadata {key!r} of {plan.base.name} names a local path and is left out")
+            continue
+        entries[key] = value
+    entries |= _model_spec(plan)
+    recipe = _compact(canonical_recipe(plan, sha256s))
+    entries |= {
+        "format": "pt",
+        "ckptools.recipe": recipe,
+        "ckptools.version": version(),
+        "sd_merge_recipe": _compact(_web_ui_recipe(plan, sha256s)),
+        "sd_merge_models": _compact(_web_ui_models(plan, sha256s)),
+    }
+    entries |= plan.recipe.output.metadata
+    entries[HASH_KEY] = HASH_PLACEHOLDER
+    return Embedded(entries, tuple(notes))
+
+
+def _model_spec(plan: Plan) -> dict[str, str]:
+    prediction = plan.base.detection.prediction
+    architecture = plan.family.architecture(plan.variant, prediction)
+    carried = plan.base.checkpoint.metadata
+    resolution = carried.get("modelspec.resolution") or plan.family.resolution(
+        plan.variant, prediction
+    )
+    entries = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture or "unknown",
+        "modelspec.implementation": carried.get("modelspec.implementation", _IMPLEMENTATION),
+        "modelspec.title": plan.recipe.output_path.stem,
+        "modelspec.merged_from": ", ".join(
+            source.checkpoint.metadata.get("modelspec.title") or source.checkpoint.path.stem
+            for source in plan.sources
+        ),
+    }
+    if resolution:
+        entries["modelspec.resolution"] = resolution
+    if prediction in ("epsilon", "v"):
+        entries["modelspec.prediction_type"] = prediction
+    return entries
+
+
+def _web_ui_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
+    hashes = [sha256s.get(source.name) for source in plan.sources]
+    ordinal = ("primary", "secondary", "tertiary")
+    document: dict[str, object] = {
+        "type": "ckptools",
+        "interp_method": plan.recipe.merge.text.strip(),
+        "models": {source.name: file_label(source) for source in plan.sources},
+        "multiplier": {
+            ref.name: ref.lines[0].value if len(ref.lines) == 1 else "per tensor"
+            for ref in plan.recipe.params.values()
+        },
+        "custom_name": plan.recipe.output_path.stem,
+        "is_inpainting": plan.variant == "inpainting",
+        "is_instruct_pix2pix": plan.variant == "ip2p",
+    }
+    for word, sha256 in zip(ordinal, hashes, strict=False):
+        document[f"{word}_model_hash"] = sha256
+    return document
+
+
+def _web_ui_models(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
+    """The parents, and their parents as far as their own metadata tells."""
+    models: dict[str, object] = {}
+    for source in plan.sources:
+        key = sha256s.get(source.name) or f"header:{source.checkpoint.header_sha256}"
+        models[key] = {
+            "name": file_label(source),
+            "legacy_hash": legacy_hash(source.checkpoint),
+            "sd_merge_recipe": _own_json(source, "sd_merge_recipe"),
+        }
+        ancestors = _own_json(source, "sd_merge_models")
+        if isinstance(ancestors, dict):
+            models = ancestors | models
+    return models
+
+
+def _own_json(source: Source, key: str) -> object:
+    """A JSON entry of a source's metadata; None where it is absent, broken, or names a path."""
+    text = source.checkpoint.metadata.get(key, "")
+    if not text or names_local_path(text):
+        return None
+    try:
+        parsed: object = json.loads(text)
+        return parsed
+    except ValueError:
+        return None
+
+
+def _compact(document: object) -> str:
+    return json.dumps(document, sort_keys=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def with_hash(layout: Layout, sha256: str) -> Layout:
+    """The layout with the data's hash in place of the placeholder; nothing moves."""
+    before = f'"{HASH_KEY}":"{HASH_PLACEHOLDER}"'.encode()
+    after = f'"{HASH_KEY}":"0x{sha256}"'.encode()
+    header = layout.header.replace(before, after)
+    return Layout(layout.path, layout.specs, layout.starts, header, layout.file_bytes)
+
+
+# --- beside the file ---------------------------------------------------------------------------
+
+
+def manifest_path(output: Path) -> Path:
+    """`x.safetensors` -> `x.safetensors.ckptools.json`."""
+    return output.with_name(output.name + MANIFEST_SUFFIX)
+
+
+def manifest_document(
+    plan: Plan,
+    layouts: Sequence[Layout],
+    *,
+    sha256s: Mapping[str, str],
+    data_sha256s: Sequence[str],
+    verified: Mapping[str, object],
+    notes: Sequence[str],
+) -> bytes:
+    """The manifest: recipe, inputs, outputs, versions and notes, as JSON text.
+
+    data_sha256s  sha256 of each output's data section, in the order of `layouts`
+    """
+    document = {
+        "schema": MANIFEST_SCHEMA,
+        "recipe": canonical_recipe(plan, sha256s),
+        "inputs": [
+            {
+                "name": source.name,
+                "file": file_label(source),
+                "bytes": source.checkpoint.file_bytes,
+                "header_sha256": source.checkpoint.header_sha256,
+                "sha256": sha256s.get(source.name),
+                "family": source.detection.family,
+                "variant": source.detection.variant,
+            }
+            for source in plan.sources
+        ],
+        "outputs": [
+            {
+                "file": layout.path.name,
+                "bytes": layout.file_bytes,
+                "sha256_data": data,
+                "header_sha256": hashlib.sha256(layout.header).hexdigest(),
+            }
+            for layout, data in zip(layouts, data_sha256s, strict=True)
+        ],
+        "tensors": plan.counts,
+        "verified": dict(verified),
+        "versions": versions(),
+        "warnings": list(plan.warnings),
+        "notes": [*plan.notes, *notes],
+    }
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def version() -> str:
+    """The installed version of ckptools."""
+    return package_metadata.version("ckptools")
+
+
+def versions() -> dict[str, str]:
+    """The versions that the bytes of a merge depend on."""
+    found = {"ckptools": version(), "python": platform.python_version()}
+    return found | {name: package_metadata.version(name) for name in ("numpy", "torch")}

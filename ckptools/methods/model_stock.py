@@ -1,0 +1,46 @@
+"""model_stock: average fine-tunes, pulled towards their base by how much they disagree."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from ckptools.methods import merge_method
+from ckptools.methods.reductions import dot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merge_method(
+    access="tensor",
+    formula="t * mean(models) + (1 - t) * base, t = n c / (1 + (n - 1) c)",
+    source="Jang et al. 2024, arXiv 2403.19522, equations 6 and 7",
+    minimum=2,
+    scratch=4,
+)
+def model_stock(*models: Tensor, base: Tensor) -> Tensor:
+    """The mean of fine-tunes of one base, as near to the base as their angles say.
+
+    models, base  same shape; c is the mean cosine between the task vectors models - base
+    Where the task vectors point apart on average (c <= 0) the result is the base.
+    """
+    count = len(models)
+    squares = [_delta_dot(model, model, base) for model in models]
+    cosines = []
+    for (i, one), (j, other) in combinations(enumerate(models), 2):
+        size = math.sqrt(squares[i] * squares[j])
+        cosines.append(_delta_dot(one, other, base) / size if size > 0.0 else 0.0)
+    cosine = max(0.0, sum(cosines) / len(cosines))
+    ratio = count * cosine / (1.0 + (count - 1) * cosine)
+    if ratio == 0.0:
+        return base
+    total = models[0] - base
+    for model in models[1:]:
+        total = total + (model - base)
+    return base + total * (ratio / count)
+
+
+def _delta_dot(one: Tensor, other: Tensor, base: Tensor) -> float:
+    return dot(one - base, other - base)

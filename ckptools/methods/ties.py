@@ -1,0 +1,57 @@
+"""ties: add several models' task vectors without letting them cancel each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptools.methods import merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merge_method(
+    access="tensor",
+    formula="base + scale * mean of the trimmed deltas that agree with the elected sign",
+    source="Yadav et al. 2023, arXiv 2306.01708, algorithm 1; sign by total mass, mean by count, "
+    "as PEFT's `merge_utils.ties`",
+    bounds={"density": (0.0, 1.0)},
+    minimum=2,
+    scratch=5,
+)
+def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0) -> Tensor:
+    """Trim each task vector, elect a sign per element, average the deltas that agree.
+
+    models, base  same shape; the task vectors are models - base
+    density       share of each task vector that is kept, largest magnitudes first; elements
+                  tied with the smallest one kept are all kept
+    scale         factor on the merged task vector (the paper's lambda)
+    """
+    import torch
+
+    mass = torch.zeros_like(base)
+    for model in models:
+        mass += _trimmed(model - base, density)
+    sign = torch.where(mass >= 0, 1.0, -1.0).to(base.dtype)
+    total, count = mass.zero_(), torch.zeros_like(base)
+    for model in models:
+        delta = _trimmed(model - base, density)
+        agrees = delta * sign > 0
+        total += torch.where(agrees, delta, 0.0)
+        count += agrees
+    return base + total / count.clamp_(min=1.0) * scale
+
+
+def _trimmed(delta: Tensor, density: float) -> Tensor:
+    """`delta` with all but the floor(density * n) largest magnitudes set to zero, in place."""
+    import numpy as np
+
+    keep = int(density * delta.numel())
+    if keep == 0:
+        return delta.zero_()
+    if keep < delta.numel():
+        size = delta.abs().reshape(-1).numpy()
+        size.partition(size.size - keep)
+        threshold = float(np.asarray(size[size.size - keep]))
+        delta[delta.abs() < threshold] = 0.0
+    return delta

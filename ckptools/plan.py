@@ -1,0 +1,800 @@
+"""From a recipe and file headers to a plan: what becomes of every tensor, and why.
+
+Every check lives here and all mistakes are reported together. Reads no tensor bytes, no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from ckptools.checkpoint import Checkpoint, open_checkpoint
+from ckptools.errors import (
+    CkptError,
+    InputError,
+    ManyErrors,
+    OutputError,
+    RecipeError,
+    nearest,
+    raise_all,
+)
+from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
+from ckptools.formula import Applied, Linear, specialise, used_names
+from ckptools.methods import load_methods
+from ckptools.program import (
+    MAX_F32_TERMS,
+    Compute,
+    Copy,
+    Mix,
+    PositionIds,
+    Precision,
+    Program,
+    Read,
+    Widen,
+    applied_in,
+    compile_mix,
+    reads_of,
+)
+from ckptools.recipe import ModelRef, Recipe
+from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
+from ckptools.tensors import TensorSpec
+from ckptools.writer import index_path, shard_paths, split_shards
+
+Action = Literal["merged", "carried", "copied", "cast"]
+ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
+
+# Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas.
+PROCESS_BYTES = 240_000_000
+WORKER_BYTES = 8_000_000
+_ADAPTER_KINDS = {"lora", "embedding"}
+_SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened model of the recipe.
+
+    names  canonical tensor name -> the name it has in this file
+    """
+
+    ref: ModelRef
+    checkpoint: Checkpoint
+    detection: Detection
+    names: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The model's name in formulas."""
+        return self.ref.name
+
+    @property
+    def title(self) -> str:
+        """What the file is, in words: "Stable Diffusion 1.x inpainting"."""
+        if self.detection.family is None:
+            return "unknown"
+        variant = self.detection.variant or ""
+        title = family_of(self.detection).title
+        return title if variant in ("", "base") else f"{title} {variant}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one output tensor.
+
+    form    the formula with this tensor's numbers, or None where no formula applies
+    why     the reason, in words
+    lines   the recipe lines that set each parameter: name -> line
+    """
+
+    spec: TensorSpec
+    action: Action
+    program: Program
+    why: str
+    component: str
+    block: str
+    form: Linear | None = None
+    lines: Mapping[str, ParamLine] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first tensor byte is read.
+
+    steps     one per output tensor, in file order over all shards
+    shards    output files: path -> their tensors, in order
+    warnings  what a user should look at
+    notes     what was decided on the way and is worth a line
+    dropped   model -> tensors of it that the base lacks and that are therefore left out
+    """
+
+    recipe: Recipe
+    sources: tuple[Source, ...]
+    base: Source
+    family: Family
+    variant: str | None
+    steps: tuple[Step, ...]
+    shards: tuple[tuple[Path, tuple[TensorSpec, ...]], ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    dropped: Mapping[str, tuple[str, ...]]
+    threads: int
+
+    @cached_property
+    def counts(self) -> dict[Action, int]:
+        """Output tensors by action; they add up to all of them."""
+        counted = Counter(step.action for step in self.steps)
+        return {action: counted[action] for action in ACTIONS}
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes that will be read from the sources."""
+        return sum(read.spec.nbytes for step in self.steps for read in reads_of(step.program))
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of tensor data that will be written (headers come on top)."""
+        return sum(step.spec.nbytes for step in self.steps)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the process's memory."""
+        reads = max((len(reads_of(step.program)) for step in self.steps), default=0)
+        workers = self.threads * (WORKER_BYTES + reads * 1_500_000)
+        return PROCESS_BYTES + workers + max(map(_whole_bytes, self.steps), default=0)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Every file that will be written, the shards' index included."""
+        paths = tuple(path for path, _ in self.shards)
+        return paths if len(paths) == 1 else (*paths, index_path(self.recipe.output_path))
+
+    def close(self) -> None:
+        """Close the sources."""
+        for source in self.sources:
+            source.checkpoint.close()
+
+
+def _whole_bytes(step: Step) -> int:
+    """Memory for a tensor that a method needs as a whole, in bytes; 0 where none does."""
+    program = step.program
+    if isinstance(program, Widen):
+        program = program.common
+    if not isinstance(program, Compute) or not program.whole:
+        return 0
+    width = 4 if program.precision == "F32" else 8
+    methods = load_methods()
+    scratch = max(methods[node.method].scratch for node in applied_in(program.mix))
+    stored = sum(read.spec.nbytes for read in program.reads) + 2 * step.spec.nbytes
+    return stored + (len(program.reads) + scratch) * step.spec.numel * width
+
+
+# --- opening -----------------------------------------------------------------------------------
+
+
+def open_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """Open every model of a recipe and say what it is; all that cannot be opened at once."""
+    sources: list[Source] = []
+    errors: list[CkptError] = []
+    for ref in recipe.models.values():
+        try:
+            sources.append(_open_source(recipe, ref))
+        except CkptError as exc:
+            exc.what = f"model {ref.name!r}: {exc.what}"
+            exc.where = f"{ref.where}: {exc.where}" if exc.where else ref.where
+            errors.append(exc)
+    if errors:
+        for source in sources:
+            source.checkpoint.close()
+    raise_all(errors)
+    return tuple(sources)
+
+
+def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
+    checkpoint = open_checkpoint(recipe.file_of(ref))
+    detection = detect(checkpoint, checkpoint.metadata)
+    if detection.kind in _ADAPTER_KINDS:
+        noun = {"lora": "an adapter (LoRA)", "embedding": "an embedding"}[detection.kind]
+        checkpoint.close()
+        raise InputError(f"this is {noun}, not weights", fix="a formula needs whole models")
+    canonical = family_of(detection).canonical_name
+    names = {canonical(name): name for name in checkpoint}
+    return Source(ref, checkpoint, detection, MappingProxyType(names))
+
+
+# --- the plan ----------------------------------------------------------------------------------
+
+
+def make_plan(recipe: Recipe, *, threads: int = 2, force: bool = False) -> Plan:
+    """Open the sources and decide what becomes of every tensor.
+
+    force  plan as if `output.overwrite` were true
+    Raises a `CkptError`, or `ManyErrors`, with all that stands in the way. The caller closes the
+    plan's sources.
+    """
+    sources = open_sources(recipe)
+    try:
+        return _Planner(recipe, sources).plan(threads, force=force)
+    except BaseException:
+        for source in sources:
+            source.checkpoint.close()
+        raise
+
+
+class _Planner:
+    """Gathers errors, warnings and notes while it walks over the base's tensors."""
+
+    def __init__(self, recipe: Recipe, sources: Sequence[Source]) -> None:
+        self.recipe = recipe
+        self.sources = tuple(sources)
+        self.by_name = {source.name: source for source in sources}
+        self.index = {source.name: number for number, source in enumerate(sources)}
+        self.base = self.by_name[recipe.base]
+        self.used = [
+            name for name in used_names(recipe.merge, recipe.scope) if name in self.by_name
+        ]
+        self.family = self._common_family()
+        self.errors: list[CkptError] = []
+        self.warnings: list[str] = [*recipe.warnings]
+        self.notes: list[str] = []
+        self.params: dict[str, CompiledParam] = {}
+        self._forms: dict[tuple[float, ...], Linear] = {}
+        self._sums: Counter[str] = Counter()
+        self._widened: list[str] = []
+        self._mixes: dict[tuple[Linear, tuple[str, ...]], Mix] = {}
+
+    def plan(self, threads: int, *, force: bool) -> Plan:
+        recipe = self.recipe
+        self._check_families()
+        self._check_components()
+        names = self._output_names()
+        self._compile_params(names)
+        raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
+        steps = [self._step(name) for name in names]
+        raise_all(_grouped(self.errors))
+        by_name = {step.spec.name: step for step in steps}
+        shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
+        paths = shard_paths(recipe.output_path, len(shards))
+        self._check_strict(steps)
+        plan = Plan(
+            recipe=recipe,
+            sources=self.sources,
+            base=self.base,
+            family=self.family,
+            variant=self._variant(),
+            steps=tuple(by_name[spec.name] for shard in shards for spec in shard),
+            shards=tuple((path, tuple(shard)) for path, shard in zip(paths, shards, strict=True)),
+            warnings=(),
+            notes=(),
+            dropped=self._dropped(names),
+            threads=threads,
+        )
+        self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
+        raise_all(self.errors)
+        self._tell(plan)
+        return replace(plan, warnings=tuple(self.warnings), notes=tuple(self.notes))
+
+    # --- families ---
+
+    def _common_family(self) -> Family:
+        """The base's family, or another participant's where the base is unknown."""
+        for name in (self.base.name, *self.used):
+            family = family_of(self.by_name[name].detection)
+            if family is not UNKNOWN:
+                return family
+        return UNKNOWN
+
+    def _check_families(self) -> None:
+        """Two models of different families are refused in one sentence."""
+        involved = dict.fromkeys([self.base.name, *self.used])
+        known = {
+            name: family_of(self.by_name[name].detection).id
+            for name in involved
+            if self.by_name[name].detection.family
+        }
+        if len(set(known.values())) > 1:
+            parts = [f"{name} is {self.by_name[name].title}" for name in known]
+            self.errors.append(
+                InputError(
+                    f"models of different families cannot be merged: {', '.join(parts)}",
+                    where=self.recipe.merge.where,
+                    fix="use models of one family",
+                )
+            )
+        for name in involved:
+            if name not in known and known:
+                self.warnings.append(
+                    f"the family of {name} is not known ({_nearest_family(self.by_name[name])}): "
+                    "its tensors are matched by name and shape"
+                )
+        for name in dict.fromkeys(model for model, _ in self.recipe.take.values()):
+            self._check_taken_family(name)
+
+    def _check_taken_family(self, name: str) -> None:
+        source = self.by_name[name]
+        theirs = family_of(source.detection)
+        if theirs.kind != "checkpoint" or UNKNOWN in (theirs, self.family):
+            return
+        if theirs.id != self.family.id and {theirs.id, self.family.id} not in _SHARED_VAE:
+            self.errors.append(
+                InputError(
+                    f"{name} is {source.title}, the merge is {self.family.title}: "
+                    "its parts do not fit",
+                    where=source.ref.where,
+                    fix="take components from a model of the same family",
+                )
+            )
+
+    def _check_components(self) -> None:
+        """Components named in `take:` and `output.dtype` must be this family's."""
+        known = [*self.family.components, "other"]
+        for component, (_, where) in self.recipe.take.items():
+            if component not in known:
+                self.errors.append(
+                    RecipeError(
+                        f"take: unknown component {component!r}",
+                        where=where,
+                        fix=nearest(component, known),
+                    )
+                )
+        for component in self.recipe.output.dtypes:
+            if component not in known and component != "default":
+                self.errors.append(
+                    RecipeError(
+                        f"output dtype: unknown component {component!r}",
+                        where=self.recipe.output.dtypes_where,
+                        fix=nearest(component, [*known, "default"]),
+                    )
+                )
+
+    # --- numbers ---
+
+    def _compile_params(self, names: Sequence[str]) -> None:
+        mergeable = [
+            name
+            for name in names
+            if self.family.component_of(name) not in self.recipe.take
+            and name in self.base.names
+            and self.base.checkpoint[self.base.names[name]].is_float
+        ]
+        used = set(used_names(self.recipe.merge, self.recipe.scope))
+        for ref in self.recipe.params.values():
+            if ref.name not in used:
+                continue
+            try:
+                lines = ref.lines
+                if ref.mbw:
+                    lines = (*mbw_lines(ref.mbw, self.family, ref.where), *lines)
+                self.params[ref.name] = compile_param(
+                    Param(lines), name_of_param=ref.name, family=self.family,
+                    names=mergeable, compat=self.recipe.compat,
+                )  # fmt: skip
+            except ManyErrors as exc:
+                self.errors += exc.errors
+            except CkptError as exc:
+                self.errors.append(exc.at(ref.where))
+        for compiled in self.params.values():
+            self.warnings += [
+                f"{line.where}: {line.selector!r} of {compiled.name} never wins: lines below it "
+                "cover all of it (the last line that matches wins)"
+                for line in compiled.shadowed
+            ]
+
+    def _form(self, name: str) -> tuple[Linear, dict[str, ParamLine]]:
+        """The formula with the numbers of one tensor, and where each number came from."""
+        lines = {param: compiled.line_of(name) for param, compiled in self.params.items()}
+        key = tuple(line.value for line in lines.values())
+        if key not in self._forms:
+            values = {param: line.value for param, line in lines.items()}
+            self._forms[key] = specialise(self.recipe.merge, self.recipe.scope, values)
+        return self._forms[key], lines
+
+    # --- tensors ---
+
+    def _output_names(self) -> list[str]:
+        """Canonical names of all output tensors: the base's, and components it takes whole."""
+        names = list(self.base.names)
+        have = {self.family.component_of(name) for name in names}
+        for component, (model, _) in self.recipe.take.items():
+            if component not in have:
+                names += _component_names(self.by_name[model], component, self.family)
+        return names
+
+    def _step(self, name: str) -> Step:
+        component = self.family.component_of(name)
+        make = self._taken_step if component in self.recipe.take else self._own_step
+        step = make(name, component)
+        return replace(step, component=component, block=self._block(name))
+
+    def _block(self, name: str) -> str:
+        return self.family.block_of(name, self.recipe.compat)
+
+    def _own_step(self, name: str, component: str) -> Step:
+        own = self._read(self.base, name)
+        spec = replace(own.spec, name=self.base.names[name])
+        if _is_position_ids(name, spec):
+            repaired = TensorSpec(spec.name, "I64", spec.shape)
+            note = f"position ids stored as {spec.dtype} are repaired to 0, 1, 2, …"
+            if spec.dtype != "I64":
+                self.notes.append(f"{spec.name}: {note}")
+            why = note if spec.dtype != "I64" else "position ids are never averaged"
+            return _bare(repaired, "carried", PositionIds(own), why)
+        if not spec.is_float:
+            return _bare(spec, "carried", Copy(own), f"{spec.dtype} values are never averaged")
+        if self.family.is_protected(name):
+            return _bare(spec, "carried", Copy(own), "protected: part of what the model is")
+        spec = replace(spec, dtype=self._output_dtype(component, spec.dtype))
+        try:
+            form, lines = self._form(name)
+        except CkptError as exc:
+            self.errors.append(exc.at(spec.name))
+            return _bare(spec, "carried", Copy(own), "")
+        lacking = self._lacking(form, name)
+        if lacking:
+            why = f"{' and '.join(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} it"
+            return replace(_single(spec, own, "carried", why), form=None, lines=lines)
+        if spec.numel == 0:
+            return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
+                         else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
+        return replace(self._formed(name, spec, form, own), form=form, lines=lines)
+
+    def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
+        self._sums[f"{form.total:.6g}"] += 1
+        if abs(form.total) < 1e-12 and not any(isinstance(leaf, Applied) for leaf, _ in form.terms):
+            self.errors.append(
+                RecipeError(
+                    f"with these numbers the formula is {form}: a difference, not a model",
+                    where=spec.name,
+                    fix="check the parameters",
+                )
+            )
+            return _bare(spec, "merged", Copy(own), "")
+        models = list(dict.fromkeys(form.model_names()))
+        reads = [self._read(self.by_name[model], name) for model in models]
+        wide = self._widths(name, spec, models, reads)
+        if wide is not None:
+            return wide(form, models, reads)
+        if form.terms == ((models[0], 1.0),) and _same_shape(reads[0].spec, spec):
+            return _single(spec, reads[0], "copied", f"the formula is {models[0]} here")
+        for model, read in zip(models, reads, strict=True):
+            if not _same_shape(read.spec, spec):
+                self._shape_error(spec.name, own, model, read)
+                return _bare(spec, "merged", Copy(own), "")
+        return _bare(spec, "merged", self._compute(form, models, reads, spec), "formula")
+
+    def _compute(
+        self, form: Linear, models: Sequence[str], reads: Sequence[Read], spec: TensorSpec
+    ) -> Compute:
+        key = (form, tuple(models))
+        if key not in self._mixes:
+            self._mixes[key] = compile_mix(form, {name: i for i, name in enumerate(models)})
+        mix = self._mixes[key]
+        methods = load_methods()
+        whole = any(methods[node.method].access == "tensor" for node in applied_in(mix))
+        return Compute(mix, tuple(reads), _precision(spec, reads, form), whole)
+
+    def _widths(
+        self, name: str, spec: TensorSpec, models: Sequence[str], reads: Sequence[Read]
+    ) -> _WideStep | None:
+        """How to merge models that differ in their input channels; None where they do not.
+
+        The models named anywhere in the formula decide, not the numbers, so that a parameter of 0
+        in this block does not change the shape of the result.
+        """
+        candidates = [self._read(self.by_name[m], name) for m in self.used if self._has(m, name)]
+        everyone = [*candidates, *reads]
+        if len({read.spec.shape for read in everyone}) <= 1:
+            return None
+        if not self._may_widen(name, spec) or not _differ_in_channels(everyone):
+            return None
+        counts = sorted({read.spec.shape[1] for read in everyone})
+        if len(counts) > 2:
+            parts = [f"{self.sources[r.source].name} has {r.spec.shape[1]}" for r in candidates]
+            self.errors.append(
+                InputError(
+                    f"three kinds of input channels do not go together: {', '.join(parts)}",
+                    where=spec.name,
+                    fix="merge one inpainting, edit or depth model at a time",
+                )
+            )
+            return None
+        extra = next(read for read in everyone if read.spec.shape[1] == counts[-1])
+        self._widened.append(
+            f"{spec.name}: the first {counts[0]} input channels are merged, "
+            f"channels {counts[0] + 1} to {counts[-1]} come from {self.sources[extra.source].name}"
+        )
+        shape = (spec.shape[0], counts[-1], *spec.shape[2:])
+        return _WideStep(self, replace(spec, shape=shape), counts[0], extra)
+
+    def _may_widen(self, name: str, spec: TensorSpec) -> bool:
+        if len(spec.shape) != 4:
+            return False
+        if name in self.family.input_tensors:
+            return True
+        return name.endswith(("input_blocks.0.0.weight", "conv_in.weight"))
+
+    def _taken_step(self, name: str, component: str) -> Step:
+        model, where = self.recipe.take[component]
+        source = self.by_name[model]
+        actual = _find_in(source, name, component, self.family)
+        own = self.base.names.get(name)
+        out_name = own if own is not None else name
+        if actual is None:
+            self.errors.append(
+                InputError(
+                    f"take: {model} has no {out_name!r}",
+                    where=where,
+                    fix=f"take {component} from a model that has all of it",
+                )
+            )
+            return _bare(TensorSpec(out_name, "F32", ()), "copied", _NOTHING, "")
+        read = Read(self.index[model], actual, source.checkpoint[actual])
+        if own is not None and not _same_shape(read.spec, self.base.checkpoint[own]):
+            self._shape_error(out_name, self._read(self.base, name), model, read)
+        shape = self.base.checkpoint[own].shape if own is not None else read.spec.shape
+        spec = TensorSpec(out_name, read.spec.dtype, shape)
+        if component in self.recipe.output.dtypes and spec.is_float:
+            spec = replace(spec, dtype=self._output_dtype(component, spec.dtype))
+        return _single(spec, read, "copied", f"{component} is taken from {model}")
+
+    def _read(self, source: Source, name: str) -> Read:
+        actual = source.names[name]
+        return Read(self.index[source.name], actual, source.checkpoint[actual])
+
+    def _has(self, model: str, name: str) -> bool:
+        return name in self.by_name[model].names
+
+    def _lacking(self, form: Linear, name: str) -> list[str]:
+        lacking = []
+        for model in dict.fromkeys(form.model_names()):
+            if not self._has(model, name):
+                lacking.append(model)
+            elif not self._read(self.by_name[model], name).spec.is_float:
+                lacking.append(f"{model} (not floats)")
+        return lacking
+
+    def _output_dtype(self, component: str, stored: str) -> str:
+        dtypes = self.recipe.output.dtypes
+        wanted = dtypes.get(component, dtypes["default"])
+        return stored if wanted == "keep" else wanted
+
+    def _shape_error(self, name: str, own: Read, model: str, read: Read) -> None:
+        other = self.by_name[model]
+        self.errors.append(
+            InputError(
+                f"{self.sources[own.source].name} is {list(own.spec.shape)}, "
+                f"{model} is {list(read.spec.shape)}",
+                where=name,
+                fix=f"{model} is {other.title}, {self.base.name} is {self.base.title}; "
+                "use models of one shape",
+            )
+        )
+
+    # --- what there is to say ---
+
+    def _check_strict(self, steps: Iterable[Step]) -> None:
+        if not self.recipe.strict:
+            return
+        for step in steps:
+            if step.action == "carried" and "lack" in step.why:
+                self.errors.append(
+                    InputError(
+                        f"strict: {step.why}",
+                        where=step.spec.name,
+                        fix="use a complete model, or leave out `strict: true`",
+                    )
+                )
+        self.errors = _grouped(self.errors)
+
+    def _variant(self) -> str | None:
+        """The result's variant: the base's, or that of the model whose channels it got."""
+        if self._widened:
+            for name in self.used:
+                variant = self.by_name[name].detection.variant
+                if variant not in (None, "base"):
+                    return variant
+        return self.base.detection.variant
+
+    def _dropped(self, names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        have = set(names)
+        dropped = {}
+        for model in self.used:
+            extra = tuple(name for name in self.by_name[model].names if name not in have)
+            if extra:
+                dropped[model] = extra
+        return MappingProxyType(dropped)
+
+    def _tell(self, plan: Plan) -> None:
+        self.notes += self._widened
+        odd = {total: count for total, count in self._sums.items() if float(total) != 1.0}
+        for total, count in odd.items():
+            example = next(
+                step.form
+                for step in plan.steps
+                if step.form is not None and f"{step.form.total:.6g}" == total
+            )
+            self.warnings.append(
+                f"the coefficients add up to {total}, not 1, for {count:,} tensors: {example}, "
+                f"sum {total}"
+            )
+        for why, count in _carried_reasons(plan.steps).items():
+            self.warnings.append(f"{count:,} tensors are carried from {plan.base.name}: {why}")
+        for model, names in plan.dropped.items():
+            components = Counter(self.family.component_of(name) for name in names)
+            parts = ", ".join(f"{count:,} of {part}" for part, count in components.items())
+            self.warnings.append(
+                f"{len(names):,} tensors of {model} are left out, {plan.base.name} lacks them: "
+                f"{parts}"
+            )
+        for source in self.sources:
+            self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
+        self._tell_taken(plan)
+        if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:
+            self.warnings.append("nothing is merged: every tensor is copied or carried")
+
+    def _tell_taken(self, plan: Plan) -> None:
+        for component, (model, _) in self.recipe.take.items():
+            taken = [step.spec for step in plan.steps if step.component == component]
+            stored = sorted({spec.dtype for spec in taken if spec.is_float})
+            self.notes.append(
+                f"{component}: {len(taken):,} tensors taken from {model}, "
+                f"{' and '.join(stored)}, byte for byte"
+                if component not in self.recipe.output.dtypes
+                else f"{component}: {len(taken):,} tensors taken from {model}"
+            )
+
+
+@dataclass(frozen=True)
+class _WideStep:
+    """Makes the step of a tensor whose sources differ in input channels."""
+
+    planner: _Planner
+    spec: TensorSpec
+    channels: int
+    extra: Read
+
+    def __call__(self, form: Linear, models: Sequence[str], reads: Sequence[Read]) -> Step:
+        narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
+        common = self.planner._compute(form, models, reads, narrow)
+        program = Widen(common, self.extra, self.channels)
+        return _bare(self.spec, "merged", program, "common input channels merged, the rest kept")
+
+
+_NOTHING = Copy(Read(0, "", TensorSpec("", "U8", (0,))))
+
+
+def _bare(spec: TensorSpec, action: Action, program: Program, why: str) -> Step:
+    return Step(spec, action, program, why, component="", block="")
+
+
+def _single(spec: TensorSpec, read: Read, action: Action, why: str) -> Step:
+    """A tensor that is one read, as bytes, or cast where the dtypes differ."""
+    if read.spec.dtype == spec.dtype:
+        return _bare(spec, action, Copy(read), why)
+    cast = Compute(Mix(((1.0, 0),)), (read,), "F32")
+    kept: Action = action if action == "carried" else "cast"
+    return _bare(spec, kept, cast, f"{why}, {read.spec.dtype} to {spec.dtype}")
+
+
+def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precision:
+    """fp32, or fp64 where fp32 could not give the correctly rounded result."""
+    wide = {"F32", "F64"}
+    if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
+        return "F64"
+    return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
+
+
+def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:
+    """Equal but for sizes of 1 at the end: [512, 512] and [512, 512, 1, 1] hold the same."""
+    return _stripped(one.shape) == _stripped(other.shape)
+
+
+def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    end = len(shape)
+    while end > 2 and shape[end - 1] == 1:
+        end -= 1
+    return shape[:end]
+
+
+def _differ_in_channels(reads: Sequence[Read]) -> bool:
+    return len({(read.spec.shape[:1], read.spec.shape[2:]) for read in reads}) == 1
+
+
+def _is_position_ids(name: str, spec: TensorSpec) -> bool:
+    return name.endswith("position_ids") and len(spec.shape) == 2 and spec.shape[0] == 1
+
+
+def _nearest_family(source: Source) -> str:
+    rejected = source.detection.rejected
+    if not rejected:
+        return "no family is near"
+    return f"nearest: {rejected[0].family}, but {rejected[0].reason}"
+
+
+def _component_names(source: Source, component: str, family: Family) -> list[str]:
+    """Canonical names of a component that another model brings whole."""
+    direct = [name for name in source.names if family.component_of(name) == component]
+    if direct:
+        return direct
+    prefix = family.components[component][0] if family.components.get(component) else ""
+    return [prefix + name for name in source.names if not name.startswith(("loss.", "model_ema."))]
+
+
+def _find_in(source: Source, name: str, component: str, family: Family) -> str | None:
+    """The source's own name of a tensor; a stand-alone component may lack the prefix."""
+    if name in source.names:
+        return source.names[name]
+    for prefix in family.components.get(component, ()):
+        if name.startswith(prefix) and name[len(prefix) :] in source.names:
+            return source.names[name[len(prefix) :]]
+    return None
+
+
+def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
+    reasons = Counter(s.why for s in steps if s.action == "carried" and "lack" in s.why)
+    return dict(reasons)
+
+
+def _grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
+    """Per-tensor errors, the first few shown: one wrong model makes hundreds alike."""
+    if len(errors) <= most:
+        return list(errors)
+    rest = len(errors) - most
+    more = InputError(f"and {rest:,} more tensors with the same kind of error")
+    return [*errors[:most], more]
+
+
+# --- the output --------------------------------------------------------------------------------
+
+
+def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
+    where = plan.recipe.output.where
+    inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
+    for path in plan.outputs:
+        if any(_same_file(path, other) for other in inputs):
+            yield OutputError(
+                f"the output {str(path)!r} is one of the inputs",
+                where=where,
+                fix="write to another file",
+            )
+        elif path.exists() and not force:
+            yield OutputError(
+                f"the output {str(path)!r} exists",
+                where=where,
+                fix="use --force, or `overwrite: true`, to replace it",
+            )
+        elif path.is_dir():
+            yield OutputError(f"the output {str(path)!r} is a folder", where=where)
+    folder = existing_folder(plan.recipe.output_path.parent)
+    if not folder.is_dir():
+        yield OutputError(f"{str(folder)!r} is not a folder", where=where)
+        return
+    if not os.access(folder, os.W_OK):
+        yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
+    free = shutil.disk_usage(folder).free
+    if plan.output_bytes > free:
+        yield OutputError(
+            f"the disk is too full: the output needs {plan.output_bytes / 1e9:,.2f} GB, "
+            f"{free / 1e9:,.2f} GB are free",
+            where=where,
+            fix="free some space, or write to another disk",
+        )
+
+
+def existing_folder(folder: Path) -> Path:
+    """The nearest folder, upwards, that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if one.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()

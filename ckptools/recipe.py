@@ -1,0 +1,686 @@
+"""Recipes: YAML to a frozen `Recipe`, with file:line on every error and all errors at once.
+
+YAML is read through `yaml.compose`, not `safe_load`: a node keeps its line, duplicate keys are
+errors, and the field decides the type (`safe_load` reads `1e-3` as text and `on` as True).
+Opens no model file and knows no tensor names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+import yaml
+
+from ckptools.errors import CkptError, RecipeError, nearest, raise_all
+from ckptools.formula import Formula, Scope, base_model, check_formula, names_in, parse_formula
+from ckptools.methods import load_methods
+from ckptools.selectors import ParamLine
+from ckptools.tensors import RECIPE_DTYPES
+
+SCHEMA_VERSION = 1
+MAX_RECIPE_BYTES = 1_000_000
+MIN_SHARD_BYTES = 1_000_000
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\s*\Z")
+_SIZE_FACTORS = {
+    "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+_TRUE = {"true", "yes", "on"}
+_FALSE = {"false", "no", "off"}
+_RESERVED = {"default", "mbw"}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One line of `models:`.
+
+    path      as written; relative paths are relative to the recipe's folder
+    sha256    a pin: any other file is refused; "" when not pinned
+    where     file:line
+    """
+
+    name: str
+    path: str
+    sha256: str
+    where: str
+
+
+@dataclass(frozen=True)
+class ParamRef:
+    """One line of `params:`: the numbers of an `mbw:` list, then selector lines, in order."""
+
+    name: str
+    lines: tuple[ParamLine, ...]
+    mbw: tuple[float, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes and how it is stored.
+
+    dtypes       component (or "default") -> safetensors dtype name, or "keep" for the base's
+    shard_bytes  largest data section of one file, or 0 for a single file
+    metadata     the user's own entries for the file's `__metadata__`
+    """
+
+    path: str
+    dtypes: Mapping[str, str]
+    shard_bytes: int
+    metadata: Mapping[str, str]
+    overwrite: bool
+    where: str
+    dtypes_where: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that means something: every name is known, every formula has its type.
+
+    path   the file it came from
+    base   the model that gives the list of tensors, the metadata and the carried values
+    take   component -> model whose tensors are taken byte for byte
+    """
+
+    path: Path
+    models: Mapping[str, ModelRef]
+    params: Mapping[str, ParamRef]
+    lets: Mapping[str, Formula]
+    merge: Formula
+    base: str
+    take: Mapping[str, tuple[str, str]]
+    output: Output
+    strict: bool
+    allow_nonfinite: bool
+    seed: int
+    scope: Scope
+    compat: str = ""
+    compat_where: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def file_of(self, model: ModelRef) -> Path:
+        """The path of a model, resolved against the recipe's folder; `~` is expanded."""
+        return self.path.parent / Path(model.path).expanduser()
+
+    @property
+    def output_path(self) -> Path:
+        """The output's path, resolved against the recipe's folder."""
+        return self.path.parent / Path(self.output.path).expanduser()
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the recipe language: what it is for, and its JSON Schema."""
+
+    text: str
+    schema: Mapping[str, object] = field(default_factory=dict)
+    required: bool = False
+
+
+_TEXT: dict[str, object] = {"type": "string", "minLength": 1}
+_NUMBER: dict[str, object] = {"type": "number"}
+_FLAG: dict[str, object] = {"type": "boolean"}
+_DTYPE: dict[str, object] = {"enum": ["keep", *RECIPE_DTYPES]}
+_NAMED: dict[str, object] = {"pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}
+_SHA256_SCHEMA: dict[str, object] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+
+def _object(keys: Mapping[str, Key]) -> dict[str, object]:
+    """The JSON Schema of a mapping with exactly these keys."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, key in keys.items() if key.required],
+        "properties": {name: {"description": key.text, **key.schema} for name, key in keys.items()},
+    }
+
+
+def _map_of(schema: Mapping[str, object], **more: object) -> dict[str, object]:
+    return {"type": "object", "additionalProperties": schema, **more}
+
+
+MODEL_KEYS: dict[str, Key] = {
+    "path": Key(
+        "A .safetensors file, a *.index.json of shards, or a folder.", _TEXT, required=True
+    ),
+    "sha256": Key("A pin: the merge refuses any other file.", _SHA256_SCHEMA),
+    "revision": Key("Git revision of an hf:// source.", _TEXT),
+    "config": Key("A weightless diffusers folder, for rendering.", _TEXT),
+}
+OUTPUT_KEYS: dict[str, Key] = {
+    "path": Key("The .safetensors file to write.", _TEXT, required=True),
+    "dtype": Key(
+        "What to store: keep (the base's dtype), one dtype, or a map of component to dtype.",
+        {"anyOf": [_DTYPE, _map_of(_DTYPE, minProperties=1)]},
+    ),
+    "shard_size": Key(
+        "Split the output into files of at most this size, such as 5GB.",
+        {"anyOf": [_TEXT, {"type": "integer", "minimum": MIN_SHARD_BYTES}]},
+    ),
+    "metadata": Key(
+        "Entries of your own for the file's metadata.",
+        _map_of({"type": ["string", "number", "boolean"]}),
+    ),
+    "overwrite": Key("Replace an existing output.", _FLAG),
+}
+TOP_KEYS: dict[str, Key] = {
+    "ckptools": Key("Version of the recipe language.", {"const": SCHEMA_VERSION}, required=True),
+    "models": Key(
+        "Name to file. Names are used in formulas.",
+        _map_of({"anyOf": [_TEXT, _object(MODEL_KEYS)]}, propertyNames=_NAMED, minProperties=1),
+        required=True,
+    ),
+    "params": Key(
+        "Name to number, or to a map of selector (default, component, block, block range, glob "
+        "over tensor names) to number; the last line that matches wins.",
+        _map_of(
+            {
+                "anyOf": [
+                    _NUMBER,
+                    _map_of(
+                        _NUMBER,
+                        minProperties=1,
+                        properties={
+                            "mbw": {
+                                "description": "Merge block weighted: BASE, IN, M, OUT (26 or 20).",
+                                "type": "array",
+                                "items": _NUMBER,
+                            }
+                        },
+                    ),
+                ]
+            },
+            propertyNames=_NAMED,
+        ),
+    ),
+    "let": Key("Named sub-formulas, in order.", _map_of(_TEXT, propertyNames=_NAMED)),
+    "merge": Key("The formula, such as A + (B - C) * M.", _TEXT, required=True),
+    "base": Key("The model that gives the tensors, the metadata and the carried values.", _TEXT),
+    "loras": Key("Adapters to bake (not in this version).", {"type": "array"}),
+    "take": Key("Component to model: taken byte for byte.", _map_of(_TEXT, minProperties=1)),
+    "output": Key("The file to write.", _object(OUTPUT_KEYS), required=True),
+    "render": Key("Test render (not in this version).", {"type": "object"}),
+    "publish": Key("Upload to the Hub (not in this version).", {"type": "object"}),
+    "sweep": Key("Parameter sweep (not in this version).", {"type": "object"}),
+    "strict": Key("Make carried tensors an error.", _FLAG),
+    "allow_nonfinite": Key("Accept NaN and Inf.", _FLAG),
+    "seed": Key("Seed of the methods that draw random numbers.", {"type": "integer", "minimum": 0}),
+    "compat": Key("Another tool's mapping of block weights.", _TEXT),
+}
+_LATER = ("loras", "render", "publish", "sweep")
+
+
+def recipe_schema() -> dict[str, object]:
+    """The JSON Schema (draft 2020-12) of a recipe, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ckptools recipe",
+        "description": f"Recipe language version {SCHEMA_VERSION} of ckptools.",
+        **_object(TOP_KEYS),
+    }
+
+
+# --- YAML nodes --------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class _Reader:
+    """Reads typed values off YAML nodes, collecting every error with its line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.errors: list[CkptError] = []
+
+    def where(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}"
+
+    def error(self, node: yaml.Node, what: str, fix: str = "") -> None:
+        self.errors.append(RecipeError(what, where=self.where(node), fix=fix))
+
+    def mapping(self, node: yaml.Node, what: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Key -> (key node, value node); duplicate and non-text keys are errors."""
+        if not isinstance(node, yaml.MappingNode):
+            self.error(
+                node, f"{what} must be a mapping, it is {_shape(node)}", f"write `{what}: …`"
+            )
+            return {}
+        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.error(key, f"a key of {what} must be plain text")
+            elif key.value in found:
+                first = found[key.value][0].start_mark.line + 1
+                self.error(key, f"{key.value!r} is given twice (first in line {first})")
+            else:
+                found[key.value] = (key, value)
+        return found
+
+    def known(self, node: yaml.Node, what: str, keys: Mapping[str, Key]) -> dict[str, yaml.Node]:
+        """A mapping that may hold only `keys`, with the required ones present."""
+        found = self.mapping(node, what)
+        for name, (key, _) in found.items():
+            if name not in keys:
+                self.error(key, f"unknown key {name!r} in {what}", nearest(name, keys))
+        if isinstance(node, yaml.MappingNode):
+            for name, row in keys.items():
+                if row.required and name not in found:
+                    self.error(node, f"{what} has no {name!r}", f"add `{name}:` ({row.text})")
+        return {name: value for name, (_, value) in found.items() if name in keys}
+
+    def text(self, node: yaml.Node, what: str) -> str | None:
+        if not isinstance(node, yaml.ScalarNode) or _is_null(node) or not node.value.strip():
+            self.error(node, f"{what} must be text, it is {_shape(node)}")
+            return None
+        return str(node.value)
+
+    def number(self, node: yaml.Node, what: str) -> float | None:
+        try:
+            value = float(node.value) if isinstance(node, yaml.ScalarNode) else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else _shape(node)
+            self.error(node, f"{what} must be a number, it is {shown}")
+            return None
+        return value
+
+    def whole(self, node: yaml.Node, what: str, maximum: int) -> int | None:
+        text = node.value.replace("_", "") if isinstance(node, yaml.ScalarNode) else ""
+        if not re.fullmatch(r"\d{1,20}", text) or int(text) > maximum:
+            self.error(node, f"{what} must be a whole number from 0 to {maximum}, it is {text!r}")
+            return None
+        return int(text)
+
+    def flag(self, node: yaml.Node, what: str) -> bool:
+        word = node.value.lower() if isinstance(node, yaml.ScalarNode) else ""
+        if word not in _TRUE | _FALSE:
+            self.error(node, f"{what} must be true or false, it is {_shape(node)}")
+        return word in _TRUE
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """The action's result, or None with its error collected."""
+        try:
+            return action()
+        except CkptError as exc:
+            self.errors.append(exc)
+            return None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return (
+        isinstance(node, yaml.ScalarNode)
+        and node.style is None
+        and node.value in ("", "~", "null", "Null", "NULL")
+    )
+
+
+def _shape(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return repr(node.value) if not _is_null(node) else "empty"
+
+
+def _compose(text: str, name: str) -> yaml.Node:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise RecipeError(f"not YAML: {exc.problem or exc.context}", where=where) from exc
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"not YAML: {str(exc).splitlines()[0]}", where=name) from exc
+    except RecursionError as exc:
+        raise RecipeError("nested too deeply", where=name) from exc
+    if node is None:
+        raise RecipeError("the recipe is empty", where=name, fix="see recipes/ for examples")
+    return node
+
+
+# --- the recipe --------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """Read a recipe file.
+
+    overrides  parameter name -> number that replaces what the file says (`--set M=0.5`)
+    Raises `RecipeError` or `ManyErrors` with every mistake, each with file:line and a fix.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as exc:
+        raise RecipeError(
+            f"the recipe cannot be read: {exc.strerror}", where=str(path), fix="check the path"
+        ) from exc
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise RecipeError("a recipe of more than 1 MB: is it a model?", where=str(path))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise RecipeError(
+            "the recipe is not UTF-8 text", where=str(path), fix="give a .yaml file"
+        ) from exc
+    return parse_recipe(text, path, overrides=overrides)
+
+
+def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:
+    """As `load_recipe`, for text in hand; `path` names it and anchors relative paths."""
+    reader = _Reader(str(path))
+    root = _compose(text, reader.name)
+    keys = reader.known(root, "the recipe", TOP_KEYS)
+    _check_version(reader, keys.get("ckptools"))
+    for name in _LATER:
+        if name in keys:
+            reader.error(keys[name], f"`{name}:` is not in this version", f"remove `{name}:`")
+    models = _models(reader, keys.get("models"))
+    params = _params(reader, keys.get("params"), overrides or {}, models)
+    output = _output(reader, keys.get("output"))
+    seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
+    compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
+    scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
+    scope = _lets(reader, keys.get("let"), scope)
+    merge = _formula(reader, keys.get("merge"), "merge", scope)
+    if merge is not None and (kind := reader.attempt(partial(check_formula, merge, scope))):
+        _check_result(reader, merge, kind)
+    raise_all(reader.errors)  # the rest leans on names and types that hold
+    if merge is None or output is None:
+        raise AssertionError("a missing key is an error above")
+    base = _model_name(reader, keys.get("base"), "base", models)
+    take = _take(reader, keys.get("take"), models)
+    raise_all(reader.errors)
+    return Recipe(
+        path=path,
+        models=MappingProxyType(models),
+        params=MappingProxyType(params),
+        lets=scope.lets,
+        merge=merge,
+        base=base or base_model(merge, scope),
+        take=MappingProxyType(take),
+        output=output,
+        strict="strict" in keys and reader.flag(keys["strict"], "strict"),
+        allow_nonfinite="allow_nonfinite" in keys
+        and reader.flag(keys["allow_nonfinite"], "allow_nonfinite"),
+        seed=seed or 0,
+        scope=scope,
+        compat=compat or "",
+        compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
+        warnings=_unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models),
+    )
+
+
+def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
+    if node is not None and (not isinstance(node, yaml.ScalarNode) or node.value != "1"):
+        reader.error(
+            node,
+            f"this is version {SCHEMA_VERSION} of the recipe language, not {_shape(node)}",
+            "write `ckptools: 1`, or use the ckptools release the recipe was made for",
+        )
+
+
+def _check_result(reader: _Reader, merge: Formula, kind: str) -> None:
+    if kind == "delta":
+        reader.errors.append(
+            merge.error(
+                "the result is a difference of models, not a model",
+                merge.tree.column,
+                "add it to a model: A + (…)",
+            )
+        )
+    elif kind == "scalar":
+        reader.errors.append(merge.error("the result is a number, not a model", 1))
+
+
+def _identifier(reader: _Reader, key: yaml.Node, name: str, what: str) -> None:
+    if not _IDENTIFIER.match(name):
+        reader.error(
+            key,
+            f"{name!r} cannot be the name of a {what}",
+            "use letters, digits and _; it stands in formulas",
+        )
+    elif name in load_methods():
+        reader.error(key, f"{name!r} is the name of a method", f"give the {what} another name")
+
+
+def _models(reader: _Reader, node: yaml.Node | None) -> dict[str, ModelRef]:
+    models: dict[str, ModelRef] = {}
+    if node is None:
+        return models
+    for name, (key, value) in reader.mapping(node, "models").items():
+        _identifier(reader, key, name, "model")
+        fields = {"path": value}
+        if isinstance(value, yaml.MappingNode):
+            fields = reader.known(value, f"model {name!r}", MODEL_KEYS)
+        text = {
+            field_name: reader.text(item, f"`{field_name}` of model {name!r}") or ""
+            for field_name, item in fields.items()
+        }
+        sha256 = text.get("sha256", "").lower()
+        if sha256 and not _SHA256.match(sha256):
+            reader.error(fields["sha256"], f"{sha256!r} is not a sha256", "64 hexadecimal digits")
+        path = text.get("path", "")
+        if path.startswith("hf://"):
+            reader.error(
+                fields["path"],
+                "`hf://` sources are not in this version",
+                "download the file (`hf download`) and give its path",
+            )
+        elif "revision" in fields:
+            reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
+        models[name] = ModelRef(name, path, sha256, reader.where(key))
+    if not models and isinstance(node, yaml.MappingNode):
+        reader.error(node, "no models", "add `A: path/to/model.safetensors`")
+    return models
+
+
+def _params(
+    reader: _Reader,
+    node: yaml.Node | None,
+    overrides: Mapping[str, float],
+    models: Collection[str],
+) -> dict[str, ParamRef]:
+    params: dict[str, ParamRef] = {}
+    items = reader.mapping(node, "params") if node is not None else {}
+    for name, (key, value) in items.items():
+        _identifier(reader, key, name, "parameter")
+        if name in models:
+            reader.error(key, f"{name!r} is a model too", "give the parameter another name")
+        params[name] = _param(reader, name, value)
+    for name, number in overrides.items():
+        if name not in params:
+            raise RecipeError(
+                f"--set names the unknown parameter {name!r}",
+                where=reader.name,
+                fix=nearest(name, params) or "the recipe has no `params:`",
+            )
+        line = ParamLine("default", number, "--set")
+        params[name] = ParamRef(name, (line,), (), "--set")
+    return params
+
+
+def _param(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
+    where, what = reader.where(node), f"parameter {name!r}"
+    if isinstance(node, yaml.SequenceNode):
+        reader.error(
+            node,
+            f"{what} must be a number or a map of selectors, it is a list",
+            f"block weights are written `{name}: {{mbw: […]}}`",
+        )
+        return ParamRef(name, (), (), where)
+    if not isinstance(node, yaml.MappingNode):
+        value = reader.number(node, what)
+        return ParamRef(name, (ParamLine("default", value or 0.0, where),), (), where)
+    items = reader.mapping(node, what)
+    mbw: tuple[float, ...] = ()
+    if "mbw" in items:
+        if next(iter(items)) != "mbw":
+            reader.error(
+                items["mbw"][0],
+                f"{what}: `mbw` must be the first line",
+                "lines below it may override single selectors",
+            )
+        mbw = _numbers(reader, items.pop("mbw")[1], f"mbw of {what}")
+    elif not items:
+        reader.error(node, f"{what} is empty", "add `default: 0.5`")
+    lines = [
+        ParamLine(selector, reader.number(value, f"{selector!r} of {what}") or 0.0,
+                  reader.where(key))
+        for selector, (key, value) in items.items()
+    ]  # fmt: skip
+    return ParamRef(name, tuple(lines), mbw, where)
+
+
+def _numbers(reader: _Reader, node: yaml.Node, what: str) -> tuple[float, ...]:
+    if isinstance(node, yaml.ScalarNode) and "," in node.value:  # as the web UIs print them
+        parts = [part.strip() for part in node.value.split(",")]
+        nodes: Sequence[yaml.Node] = [
+            yaml.ScalarNode(node.tag, part, node.start_mark, node.end_mark) for part in parts
+        ]
+    elif isinstance(node, yaml.SequenceNode):
+        nodes = node.value
+    else:
+        reader.error(node, f"{what} must be a list of numbers, it is {_shape(node)}")
+        return ()
+    return tuple(reader.number(item, what) or 0.0 for item in nodes)
+
+
+def _lets(reader: _Reader, node: yaml.Node | None, scope: Scope) -> Scope:
+    """The scope with each `let` added in order: one may use those above it."""
+    items = reader.mapping(node, "let") if node is not None else {}
+    lets: dict[str, Formula] = {}
+    for name, (key, value) in items.items():
+        _identifier(reader, key, name, "let")
+        if name in scope.models or name in scope.params:
+            reader.error(key, f"{name!r} is a model or a parameter too", "use another name")
+            continue
+        formula = _formula(reader, value, f"let {name!r}", scope)
+        if formula is None:
+            continue
+        later = {word.id for word in names_in(formula.tree)} & (items.keys() - lets.keys())
+        if later - scope.models - scope.params:
+            reader.errors.append(
+                formula.error(f"{min(later)!r} is defined later", 1, "put it above this line")
+            )
+        elif reader.attempt(partial(check_formula, formula, scope)):
+            lets[name] = formula
+            scope = Scope(scope.models, scope.params, MappingProxyType(dict(lets)), scope.methods)
+    return scope
+
+
+def _formula(reader: _Reader, node: yaml.Node | None, what: str, scope: Scope) -> Formula | None:
+    if node is None:
+        return None
+    text = reader.text(node, what)
+    if text is None:
+        return None
+    return reader.attempt(partial(parse_formula, text, where=reader.where(node)))
+
+
+def _model_name(
+    reader: _Reader, node: yaml.Node | None, what: str, models: Mapping[str, ModelRef]
+) -> str:
+    name = reader.text(node, what) if node is not None else ""
+    if node is not None and name and name not in models:
+        reader.error(node, f"{what}: unknown model {name!r}", nearest(name, models))
+    return name or ""
+
+
+def _take(
+    reader: _Reader, node: yaml.Node | None, models: Mapping[str, ModelRef]
+) -> dict[str, tuple[str, str]]:
+    """Component -> (model, file:line)."""
+    items = reader.mapping(node, "take") if node is not None else {}
+    return {
+        component: (_model_name(reader, value, f"take {component!r}", models), reader.where(key))
+        for component, (key, value) in items.items()
+    }
+
+
+def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
+    if node is None:
+        return None
+    keys = reader.known(node, "output", OUTPUT_KEYS)
+    path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""
+    if path and not path.endswith(".safetensors"):
+        reader.error(
+            keys["path"],
+            f"the output {path!r} does not end in .safetensors",
+            f"write {path + '.safetensors'!r}",
+        )
+    dtypes = {"default": "keep"}
+    if "dtype" in keys:
+        dtypes |= _dtypes(reader, keys["dtype"])
+    shard_bytes = _size(reader, keys["shard_size"]) if "shard_size" in keys else 0
+    metadata = {}
+    if "metadata" in keys:
+        for name, (_, value) in reader.mapping(keys["metadata"], "metadata").items():
+            metadata[name] = reader.text(value, f"metadata {name!r}") or ""
+    return Output(
+        path=path,
+        dtypes=MappingProxyType(dtypes),
+        shard_bytes=shard_bytes,
+        metadata=MappingProxyType(metadata),
+        overwrite="overwrite" in keys and reader.flag(keys["overwrite"], "overwrite"),
+        where=reader.where(node),
+        dtypes_where=reader.where(keys["dtype"]) if "dtype" in keys else reader.where(node),
+    )
+
+
+def _dtypes(reader: _Reader, node: yaml.Node) -> dict[str, str]:
+    if isinstance(node, yaml.MappingNode):
+        items = reader.mapping(node, "dtype").items()
+        return {name: _dtype(reader, value) for name, (_, value) in items}
+    return {"default": _dtype(reader, node)}
+
+
+def _dtype(reader: _Reader, node: yaml.Node) -> str:
+    name = _one_of(reader, node, "dtype", ("keep", *RECIPE_DTYPES))
+    return RECIPE_DTYPES.get(name, "keep")
+
+
+def _one_of(reader: _Reader, node: yaml.Node | None, what: str, choices: Collection[str]) -> str:
+    word = reader.text(node, what) if node is not None else ""
+    if node is not None and word and word not in choices:
+        reader.error(node, f"unknown {what} {word!r}", nearest(word, choices))
+    return word or ""
+
+
+def _size(reader: _Reader, node: yaml.Node) -> int:
+    found = _SIZE.match(node.value) if isinstance(node, yaml.ScalarNode) else None
+    if found is None:
+        reader.error(node, f"shard_size must be a size, it is {_shape(node)}", "such as 5GB")
+        return 0
+    nbytes = int(float(found[1]) * _SIZE_FACTORS[found[2]])
+    if nbytes < MIN_SHARD_BYTES:
+        reader.error(node, f"shard_size of {nbytes:,} bytes is below 1 MB", "such as 5GB")
+    return nbytes
+
+
+def _unused(
+    merge: Formula,
+    scope: Scope,
+    params: Mapping[str, ParamRef],
+    other_models: Collection[str],
+    models: Mapping[str, ModelRef],
+) -> tuple[str, ...]:
+    """A name that nothing uses is often a typo somewhere else."""
+    used = {word.id for word in names_in(merge.tree)}
+    for formula in scope.lets.values():
+        used |= {word.id for word in names_in(formula.tree)}
+    unused = [(p.where, f"parameter {name!r}") for name, p in params.items() if name not in used]
+    unused += [
+        (model.where, f"model {name!r}")
+        for name, model in models.items()
+        if name not in used and name not in other_models
+    ]
+    return tuple(f"{where}: {what} is not used" for where, what in unused)

@@ -1,0 +1,433 @@
+"""How things are shown: tables, progress, errors, JSON. The only module that imports rich.
+
+Data goes to stdout, progress and messages to stderr. Tensor names and metadata are untrusted
+text: control characters are shown as escapes and nothing is read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptools.errors import CkptError, ManyErrors
+from ckptools.workflow import MergeResult, Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckptools.family import Family
+    from ckptools.methods import Method
+    from ckptools.plan import Plan, Source, Step
+
+_COMMON_FORMS = 2
+
+
+def safe(text: str) -> str:
+    """Text that cannot move the cursor: control characters as \\x1b and the like."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def gigabytes(nbytes: float) -> str:
+    """Decimal sizes: 2.13 GB, 4.5 MB, 812 kB, 3 B."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _table(*columns: str, numbers: Sequence[int] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position in numbers else "left",
+                         overflow="fold")  # fmt: skip
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(safe(cell)) for cell in cells))
+
+
+# --- JSON and errors ---------------------------------------------------------------------------
+
+
+def show_json(command: str, body: Mapping[str, object], *, version: int = 1) -> None:
+    """Print `{"schema": "ckptools.<command>/1", …}` on stdout."""
+    document = {"schema": f"ckptools.{command}/{version}", **body}
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def error_json(error: CkptError) -> dict[str, object]:
+    """The `error` object of the JSON contract; several errors add a list."""
+    errors = error.errors if isinstance(error, ManyErrors) else (error,)
+    objects: list[dict[str, object]] = [
+        {"code": one.code, "message": one.what, "where": one.where, "fix": one.fix}
+        for one in errors
+    ]
+    return {**objects[0], "others": objects[1:]} if len(objects) > 1 else objects[0]
+
+
+def show_error(error: CkptError) -> None:
+    """One block per error on stderr: where, what, fix."""
+    from rich.text import Text
+
+    console = _console(stderr=True)
+    for one in error.errors if isinstance(error, ManyErrors) else (error,):
+        text = Text()
+        text.append("error: ", style="bold red")
+        if one.where:
+            text.append(f"{safe(one.where)}: ")
+        text.append(safe(one.what), style="bold")
+        if one.fix:
+            text.append("\n  fix: ", style="green")
+            text.append(safe(one.fix))
+        console.print(text)
+
+
+def show_line(text: str) -> None:
+    """One line of data on stdout."""
+    _console().print(safe(text))
+
+
+def show_message(text: str) -> None:
+    """One line on stderr."""
+    _console(stderr=True).print(safe(text))
+
+
+# --- plan --------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> dict[str, object]:
+    """The plan's contract keys, and per component and model what there is to know."""
+    return {
+        "recipe": str(plan.recipe.path),
+        "output": str(plan.recipe.output_path),
+        "family": plan.base.detection.family,
+        "variant": plan.variant,
+        "base": plan.base.name,
+        "models": {source.name: _source_json(source) for source in plan.sources},
+        "tensors": plan.counts,
+        "components": {
+            component: {
+                "tensors": dict(Counter(step.action for step in steps)),
+                "bytes": sum(step.spec.nbytes for step in steps),
+                "dtypes": sorted({step.spec.dtype for step in steps}),
+                "forms": dict(_forms(steps)),
+                "reasons": dict(_reasons(steps)),
+            }
+            for component, steps in _by_component(plan).items()
+        },
+        "read_bytes": plan.read_bytes,
+        "output_bytes": plan.output_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "free_bytes": _free_bytes(plan),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }
+
+
+def _source_json(source: Source) -> dict[str, object]:
+    detection = source.detection
+    return {
+        "file": str(source.checkpoint.path),
+        "bytes": source.checkpoint.file_bytes,
+        "tensors": len(source.checkpoint),
+        "family": detection.family,
+        "variant": detection.variant,
+        "evidence": list(detection.evidence),
+        "rejected": [{"family": r.family, "reason": r.reason} for r in detection.rejected],
+    }
+
+
+def _free_bytes(plan: Plan) -> int:
+    import shutil
+
+    from ckptools.plan import existing_folder
+
+    return shutil.disk_usage(existing_folder(plan.recipe.output_path.parent)).free
+
+
+def _by_component(plan: Plan) -> dict[str, list[Step]]:
+    groups: dict[str, list[Step]] = {}
+    order = [*plan.family.components, "other"]
+    for step in plan.steps:
+        groups.setdefault(step.component, []).append(step)
+    return dict(sorted(groups.items(), key=lambda item: order.index(item[0])))
+
+
+def _forms(steps: Sequence[Step]) -> list[tuple[str, int]]:
+    return Counter(str(step.form) for step in steps if step.form is not None).most_common()
+
+
+def _reasons(steps: Sequence[Step]) -> list[tuple[str, int]]:
+    return Counter(step.why for step in steps if step.form is None and step.why).most_common()
+
+
+def show_plan(plan: Plan, *, details: bool = False) -> None:
+    """Models, what becomes of each component, sizes, notes and warnings.
+
+    details  also list every tensor that is not merged, with its reason
+    """
+    console = _console()
+    models = _table("model", "file", "what", "size", numbers=(3,))
+    for source in plan.sources:
+        size = gigabytes(source.checkpoint.file_bytes)
+        _row(models, source.name, source.checkpoint.path.name, source.title, size)
+    console.print(models)
+    table = _table("component", "merged", "copied", "cast", "carried", "size", "stored as",
+                   "formula", numbers=(1, 2, 3, 4, 5))  # fmt: skip
+    for component, steps in _by_component(plan).items():
+        counts = Counter(step.action for step in steps)
+        cells = [f"{counts[action]:,}" if counts[action] else "·"
+                 for action in ("merged", "copied", "cast", "carried")]  # fmt: skip
+        dtypes = " ".join(sorted({step.spec.dtype for step in steps}))
+        size = gigabytes(sum(step.spec.nbytes for step in steps))
+        _row(table, component, *cells, size, dtypes, _forms_text(steps))
+    console.print(table)
+    show_line(
+        f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.output_bytes)} "
+        f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
+    )
+    show_line(f"output: {plan.recipe.output_path}")
+    for note in plan.notes:
+        show_line(f"note: {note}")
+    for warning in plan.warnings:
+        show_line(f"warning: {warning}")
+    if details:
+        _show_unmerged(plan, console)
+
+
+def _show_unmerged(plan: Plan, console: Console) -> None:
+    table = _table("tensor", "stored as", "what", "why")
+    for step in plan.steps:
+        if step.action != "merged":
+            _row(table, step.spec.name, str(step.spec), step.action, step.why)
+    console.print(table)
+    for model, names in plan.dropped.items():
+        for name in names:
+            show_line(f"left out: {name} of {model}")
+
+
+def _forms_text(steps: Sequence[Step]) -> str:
+    forms = _forms(steps)
+    if not forms:
+        reasons = _reasons(steps)
+        return reasons[0][0] if reasons else ""
+    if len(forms) == 1:
+        return forms[0][0]
+    shown = [f"{form} ({count:,})" for form, count in forms[:_COMMON_FORMS]]
+    rest = len(forms) - _COMMON_FORMS
+    return ", ".join(shown) + (f", {rest} more" if rest > 0 else "")
+
+
+# --- explain -----------------------------------------------------------------------------------
+
+
+def explain_json(plan: Plan, step: Step) -> dict[str, object]:
+    """One tensor's step as data."""
+    from ckptools.program import reads_of
+
+    return {
+        "tensor": step.spec.name,
+        "dtype": step.spec.dtype,
+        "shape": list(step.spec.shape),
+        "component": step.component,
+        "block": step.block,
+        "action": step.action,
+        "why": step.why,
+        "formula": plan.recipe.merge.text.strip(),
+        "with_numbers": str(step.form) if step.form is not None else None,
+        "params": {
+            name: {"value": line.value, "selector": line.selector, "where": line.where}
+            for name, line in step.lines.items()
+        },
+        "reads": [
+            {
+                "model": plan.sources[read.source].name,
+                "tensor": read.name,
+                "dtype": read.spec.dtype,
+                "shape": list(read.spec.shape),
+            }
+            for read in reads_of(step.program)
+        ],
+    }
+
+
+def show_explanation(plan: Plan, step: Step) -> None:
+    """The formula with the numbers of one tensor, and which line set each."""
+    from ckptools.program import reads_of
+
+    show_line(step.spec.name)
+    place = f"component {step.component}" + (f", block {step.block}" if step.block else "")
+    show_line(f"  {step.spec}, {place}")
+    show_line(f"  {step.action}: {step.why}")
+    show_line(f"  formula: {plan.recipe.merge.text.strip()}")
+    if step.form is not None:
+        show_line(f"  here:    {step.form}")
+    for name, line in step.lines.items():
+        show_line(f"  {name} = {line.value:g}, set by {line.selector!r} at {line.where}")
+    for read in reads_of(step.program):
+        show_line(f"  {plan.sources[read.source].name}: {read.name}, {read.spec}")
+
+
+# --- merge -------------------------------------------------------------------------------------
+
+
+def merge_json(result: MergeResult) -> dict[str, object]:
+    """The contract keys of `merge`."""
+    return {
+        "output": str(result.output),
+        "sha256_data": result.sha256_data,
+        "seconds": round(result.seconds, 3),
+        "peak_bytes": result.peak_bytes,
+        "manifest": str(result.manifest),
+        "verified": {"finite": result.finite, "recomputed": result.recomputed},
+        "tensors": result.plan.counts,
+        "output_bytes": result.plan.output_bytes,
+        "warnings": list(result.plan.warnings),
+        "notes": [*result.plan.notes, *result.notes],
+    }
+
+
+def show_merge(result: MergeResult) -> None:
+    """What was done, in five lines."""
+    plan, counts = result.plan, result.plan.counts
+    parts = [f"{count:,} {action}" for action, count in counts.items() if count]
+    show_line(f"wrote {result.output} ({gigabytes(plan.output_bytes)})")
+    show_line(f"  tensors: {', '.join(parts)}")
+    finite = "all values finite" if result.finite else "not all values finite"
+    show_line(
+        f"  checked: re-read by safetensors, {finite}, {result.recomputed} tensors computed again"
+    )
+    show_line(f"  sha256 of the data: {result.sha256_data}")
+    show_line(f"  manifest: {result.manifest}")
+    peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
+    show_line(f"  {result.seconds:.1f} s{peak}")
+
+
+class BarProgress(Progress):
+    """A progress bar by bytes, with rate and time left, on stderr."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=_console(stderr=True),
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> BarProgress:
+        self._bars.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._bars.__exit__(*exc)
+
+    def planned(self, plan: Plan) -> None:
+        """Say what will happen, and every warning, before it does."""
+        models = ", ".join(
+            f"{source.name} {source.checkpoint.path.name}" for source in plan.sources
+        )
+        self._bars.console.print(safe(f"{plan.recipe.merge.text.strip()}   ({models})"))
+        for warning in plan.warnings:
+            self._bars.console.print(safe(f"warning: {warning}"), style="yellow")
+        for note in plan.notes:
+            self._bars.console.print(safe(f"note: {note}"))
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        """A new bar in place of the old one."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(stage, total=total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self._bars.advance(self._task, nbytes)
+
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+def methods_json(methods: Mapping[str, Method]) -> list[dict[str, object]]:
+    """Every method and its parameters, as data."""
+    return [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "formula": method.formula,
+            "source": method.source,
+            "access": method.access,
+            "models": [*method.models, *([f"{method.variadic}…"] if method.variadic else [])],
+            "keyword_models": list(method.keyword_models),
+            "numbers": {scalar.name: scalar.default for scalar in method.scalars.values()},
+        }
+        for method in methods.values()
+    ]
+
+
+def show_methods(methods: Mapping[str, Method]) -> None:
+    """One block per method: how it is called, what it does, its formula and source."""
+    from ckptools.formula import usage
+
+    for method in methods.values():
+        show_line(usage(method))
+        show_line(f"  {method.summary}")
+        show_line(f"  {method.formula}")
+        show_line(f"  source: {method.source}")
+        show_line("")
+
+
+def families_json(families: Mapping[str, Family]) -> list[dict[str, object]]:
+    """Every family with its variants, components and blocks, as data."""
+    return [
+        {
+            "id": family.id,
+            "title": family.title,
+            "kind": family.kind,
+            "variants": {
+                variant: family.architecture(variant) or None for variant in family.variants
+            },
+            "components": list(family.components),
+            "blocks": list(family.blocks),
+        }
+        for family in families.values()
+    ]
+
+
+def show_families(families: Mapping[str, Family]) -> None:
+    """A table of what can be recognised."""
+    table = _table("family", "what", "kind", "variants", "components", "blocks", numbers=(5,))
+    for family in families.values():
+        _row(table, family.id, family.title, family.kind, " ".join(family.variants),
+             " ".join(family.components), str(len(family.blocks) or "·"))  # fmt: skip
+    _console().print(table)

@@ -1,0 +1,86 @@
+"""Is the file that was written the file that was planned?
+
+Looks at it from outside: through the official safetensors library, and by computing a sample of
+its tensors again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptools.checkpoint import read_header
+from ckptools.engine import Settings, Source, Task, recompute
+from ckptools.errors import VerificationError
+from ckptools.writer import Layout
+
+SAMPLE_TENSORS = 12
+SAMPLE_BYTES = 48_000_000
+
+
+def check_structure(path: Path, layout: Layout) -> None:
+    """Compare names, dtypes, shapes, offsets and metadata of a file with its layout.
+
+    Read twice, by the official library and by our own reader; `VerificationError` names the
+    first difference.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as opened:
+            found = set(opened.keys())
+            for spec in layout.specs:
+                if spec.name not in found:
+                    raise VerificationError("missing in the written file", where=spec.name)
+                view = opened.get_slice(spec.name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                if (dtype, shape) != (spec.dtype, spec.shape):
+                    raise VerificationError(
+                        f"written as {dtype} {list(shape)}, planned as {spec}", where=spec.name
+                    )
+    except SafetensorError as exc:
+        raise VerificationError(
+            f"the safetensors library cannot read it: {exc}", where=str(path)
+        ) from exc
+    if len(found) != len(layout.specs):
+        raise VerificationError(
+            f"{len(found) - len(layout.specs)} tensors too many", where=str(path)
+        )
+    header = read_header(path)
+    if dict(header.starts) != dict(layout.starts) or header.file_bytes != layout.file_bytes:
+        raise VerificationError("tensors are not where they were planned", where=str(path))
+
+
+def sample_tasks(tasks: Sequence[Task], seed: str) -> list[Task]:
+    """A seeded sample of tasks, small enough to be computed again in a moment."""
+    order = list(tasks)
+    random.Random(seed).shuffle(order)
+    sample: list[Task] = []
+    budget = SAMPLE_BYTES
+    for task in order:
+        if task.spec.nbytes <= budget and len(sample) < SAMPLE_TENSORS:
+            sample.append(task)
+            budget -= task.spec.nbytes
+    return sample
+
+
+def check_values(
+    path: Path,
+    tasks: Sequence[Task],
+    *,
+    sources: Sequence[Source],
+    labels: Sequence[str],
+    settings: Settings,
+) -> None:
+    """Compute tasks again, each in one piece, and compare with the file's bytes."""
+    with path.open("rb") as stream:
+        for task in tasks:
+            for start, again in recompute(task, sources=sources, labels=labels, settings=settings):
+                stream.seek(start)
+                if stream.read(len(again)) != again:
+                    raise VerificationError(
+                        "the written values differ from the computed ones",
+                        where=task.spec.name,
+                        fix="check the disk and the memory of this machine, then merge again",
+                    )

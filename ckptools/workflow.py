@@ -1,0 +1,318 @@
+"""A merge from top to bottom: the file to read first.
+
+recipe ──▶ plan ──▶ pins ──▶ layout ──▶ stream ──▶ patch the hash ──▶ verify ──▶ rename
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ckptools.checkpoint import Checkpoint
+from ckptools.errors import InputError, UsageError, nearest_name
+from ckptools.manifest import (
+    embedded_metadata,
+    manifest_document,
+    manifest_path,
+    with_hash,
+)
+from ckptools.plan import Plan, Source, Step, make_plan
+from ckptools.recipe import Recipe, load_recipe
+from ckptools.writer import (
+    Layout,
+    PartFile,
+    index_document,
+    index_path,
+    lay_out,
+    sync_folder,
+    write_small,
+)
+
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    output       the file (or the shards' index)
+    sha256_data  of the tensor data in file order, over all shards
+    seconds      wall time, planning included
+    peak_bytes   the process's peak memory so far, as the system counted it
+    finite       whether every value of the output is finite
+    recomputed   how many tensors were computed again and compared
+    notes        what was found on the way
+    """
+
+    plan: Plan
+    output: Path
+    manifest: Path
+    sha256_data: str
+    seconds: float
+    peak_bytes: int
+    finite: bool
+    recomputed: int
+    notes: tuple[str, ...]
+
+
+class Progress:
+    """What a merge tells while it runs; this one says nothing."""
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        """A stage begins: "checking pins" or "merging"."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more are done."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan stands."""
+
+
+@contextmanager
+def planned(recipe: Recipe, *, threads: int, force: bool = False) -> Iterator[Plan]:
+    """A plan whose sources are closed at the end."""
+    plan = make_plan(recipe, threads=threads, force=force)
+    try:
+        yield plan
+    finally:
+        plan.close()
+
+
+def merge(
+    recipe: Recipe,
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    hash_inputs: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge by recipe into one verified file, or raise and leave everything as it was.
+
+    threads      worker threads (default: the cores, 2 to 8); the bytes do not depend on it
+    force        replace an existing output
+    hash_inputs  record the sha256 of every input, not only of pinned ones
+    """
+    started = time.perf_counter()
+    progress = progress or Progress()
+    with planned(recipe, threads=threads or default_threads(), force=force) as plan:
+        progress.planned(plan)
+        sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
+        recipe.output_path.parent.mkdir(parents=True, exist_ok=True)
+        return _write(plan, sha256s, progress, started)
+
+
+def default_threads() -> int:
+    """Worker threads that suit this machine: its usable cores, at least 2, at most 8."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(2, min(8, usable or 2))
+
+
+def find_step(plan: Plan, tensor: str) -> Step:
+    """The one step whose tensor has this name, or fits this glob or part of a name."""
+    names = [step.spec.name for step in plan.steps]
+    found = [name for name in names if name == tensor] or [
+        name for name in names if fnmatchcase(name, tensor) or tensor in name
+    ]
+    if len(found) == 1:
+        return plan.steps[names.index(found[0])]
+    if not found:
+        raise UsageError(f"no tensor {tensor!r} in the output", fix=nearest_name(tensor, names))
+    shown = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
+    raise UsageError(f"{tensor!r} fits {len(found):,} tensors", fix=f"name one: {shown}")
+
+
+def demo_recipe(folder: Path) -> Recipe:
+    """Write the demo's recipe, over the models inside the package, to a folder and load it."""
+    models = Path(__file__).parent / "tiny"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(_DEMO.format(models=models.as_posix()), encoding="utf-8")
+    return load_recipe(path)
+
+
+_DEMO = """\
+ckptools: 1
+models:
+  A: "{models}/A.safetensors"  # pastel
+  B: "{models}/B.safetensors"  # outlined
+  C: "{models}/C.safetensors"  # the base that both were trained from
+params:
+  M: {{default: 0.8, text_encoder: 0.5}}
+merge: A + (B - C) * M
+take: {{vae: A}}
+output: {{path: pastel-outlined.safetensors}}
+"""
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
+def check_pins(
+    sources: Sequence[Source], *, hash_inputs: bool, progress: Progress
+) -> dict[str, str]:
+    """Model name -> sha256, for every pinned model (or all); a wrong pin is an `InputError`."""
+    wanted = [source for source in sources if source.ref.sha256 or hash_inputs]
+    for source in wanted:
+        if source.ref.sha256 and len(source.checkpoint.files) > 1:
+            raise InputError(
+                f"{source.name} is sharded; a sha256 pins a single file",
+                where=source.ref.where,
+                fix="remove the pin",
+            )
+    wanted = [source for source in wanted if len(source.checkpoint.files) == 1]
+    if not wanted:
+        return {}
+    progress.start("hashing inputs", sum(source.checkpoint.file_bytes for source in wanted))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        jobs = [pool.submit(_sha256_of, source.checkpoint, progress.advance) for source in wanted]
+        found = {source.name: job.result() for source, job in zip(wanted, jobs, strict=True)}
+    for source in wanted:
+        if source.ref.sha256 not in ("", found[source.name]):
+            raise InputError(
+                f"{source.name} is not the pinned file: its sha256 is {found[source.name]}, "
+                f"the recipe says {source.ref.sha256}",
+                where=source.ref.where,
+                fix="get the file that the recipe was made for, or change the pin",
+            )
+    return found
+
+
+def _sha256_of(checkpoint: Checkpoint, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with checkpoint.files[0].path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def _write(
+    plan: Plan, sha256s: Mapping[str, str], progress: Progress, started: float
+) -> MergeResult:
+    from ckptools.engine import Settings
+
+    recipe = plan.recipe
+    embedded = embedded_metadata(plan, sha256s)
+    layouts = [lay_out(specs, embedded.entries, path) for path, specs in plan.shards]
+    settings = Settings(plan.threads, recipe.seed, allow_nonfinite=recipe.allow_nonfinite)
+    manifest = manifest_path(recipe.output_path)
+    with ExitStack() as stack:
+        parts = [stack.enter_context(PartFile(layout)) for layout in layouts]
+        progress.start("merging", plan.output_bytes)
+        streamed = _stream(plan, parts, settings, progress)
+        layouts = [with_hash(layout, streamed.sha256) for layout in layouts]
+        for part, layout in zip(parts, layouts, strict=True):
+            part.write(layout.header, 0)
+        for source in plan.sources:
+            source.checkpoint.check_unchanged()
+        recomputed = _verify(plan, layouts, settings, streamed.sha256)
+        for part in parts:
+            part.sync()
+        notes = (*embedded.notes, *streamed.notes)
+        verified = {"finite": not streamed.nonfinite, "recomputed": recomputed}
+        document = manifest_document(
+            plan, layouts, sha256s=sha256s, data_sha256s=streamed.sha256s, verified=verified,
+            notes=notes,
+        )  # fmt: skip
+        for part in parts:
+            part.commit()
+    if len(layouts) > 1:
+        write_small(index_path(recipe.output_path), index_document(layouts))
+    write_small(manifest, document)
+    sync_folder(recipe.output_path.parent)
+    return MergeResult(
+        plan=plan,
+        output=plan.outputs[-1],
+        manifest=manifest,
+        sha256_data=streamed.sha256,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_memory_bytes(),
+        finite=not streamed.nonfinite,
+        recomputed=recomputed,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """Hashes of the data (all of it, and by shard), and what the engine met."""
+
+    sha256: str
+    sha256s: tuple[str, ...]
+    nonfinite: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Progress) -> _Streamed:
+    from ckptools.engine import run
+
+    total = hashlib.sha256()
+    sha256s: list[str] = []
+    nonfinite: dict[str, int] = {}
+    notes: list[str] = []
+    for part in parts:
+        outcome = run(
+            tasks_of(plan.steps, part.layout),
+            sources=[source.checkpoint for source in plan.sources],
+            labels=[source.name for source in plan.sources],
+            sink=part,
+            settings=settings,
+            progress=progress.advance,
+            hashers=(total,) if len(parts) > 1 else (),
+        )
+        sha256s.append(outcome.sha256)
+        nonfinite |= outcome.nonfinite
+        notes += [f"{name}: wrong position ids were repaired" for name in outcome.repaired]
+    notes += [f"{name}: {count:,} NaN or Inf values" for name, count in sorted(nonfinite.items())]
+    sha256 = total.hexdigest() if len(parts) > 1 else sha256s[0]
+    return _Streamed(sha256, tuple(sha256s), nonfinite, tuple(notes))
+
+
+def tasks_of(steps: Sequence[Step], layout: Layout) -> list[Any]:
+    """The engine's tasks for one output file, in file order."""
+    from ckptools.engine import Task
+
+    by_name = {step.spec.name: step.program for step in steps}
+    return [Task(spec, by_name[spec.name], layout.starts[spec.name]) for spec in layout.specs]
+
+
+def _verify(plan: Plan, layouts: Sequence[Layout], settings: Any, seed: str) -> int:
+    """Check every part; how many tensors were computed again."""
+    from ckptools.verify import check_structure, check_values, sample_tasks
+
+    recomputed = 0
+    for layout in layouts:
+        check_structure(layout.part, layout)
+        sample = sample_tasks(tasks_of(plan.steps, layout), seed)
+        check_values(
+            layout.part,
+            sample,
+            sources=[source.checkpoint for source in plan.sources],
+            labels=[source.name for source in plan.sources],
+            settings=settings,
+        )
+        recomputed += len(sample)
+    return recomputed
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,267 @@
+"""Safetensors output: the layout before the first byte, the file under its name only when whole.
+
+Must not know recipes or formulas. Any thread may write anywhere: every offset is known up front.
+
+Source of the format: safetensors 0.8.0, README "Format" and `tensor.rs` (`prepare`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ckptools.errors import OutputError
+from ckptools.tensors import TensorSpec, file_order
+
+PART_SUFFIX = ".part"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One output file before it exists.
+
+    path        its final name
+    specs       tensors in file order
+    starts      tensor name -> byte offset in the file
+    header      the first bytes of the file: length field, JSON, padding to 8
+    file_bytes  size of the whole file
+    """
+
+    path: Path
+    specs: tuple[TensorSpec, ...]
+    starts: Mapping[str, int]
+    header: bytes
+    file_bytes: int
+
+    @property
+    def data_start(self) -> int:
+        """Byte offset of the data section."""
+        return len(self.header)
+
+    @property
+    def part(self) -> Path:
+        """Where the bytes lie until the file is whole."""
+        return self.path.with_name(self.path.name + PART_SUFFIX)
+
+
+def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str], path: Path) -> Layout:
+    """The header and all offsets of a file, as the safetensors library would write them.
+
+    Tensors by dtype (widest first), then name; metadata sorted by key; so the same tensors and
+    metadata always give the same bytes.
+    """
+    ordered = tuple(sorted(specs, key=file_order))
+    document: dict[str, object] = {}
+    if metadata:
+        document["__metadata__"] = dict(sorted(metadata.items()))
+    position = 0
+    offsets: dict[str, int] = {}
+    for spec in ordered:
+        offsets[spec.name] = position
+        span = [position, position + spec.nbytes]
+        document[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
+        position += spec.nbytes
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(
+        path=path,
+        specs=ordered,
+        starts={name: len(header) + offset for name, offset in offsets.items()},
+        header=header,
+        file_bytes=len(header) + position,
+    )
+
+
+def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Tensors dealt into shards, in file order, each at most `shard_bytes` of data.
+
+    A tensor larger than that gets a shard of its own. One list when `shard_bytes` is 0.
+    """
+    ordered = sorted(specs, key=file_order)
+    if shard_bytes == 0:
+        return [ordered]
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in ordered:
+        if shards[-1] and filled + spec.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """`x.safetensors` for one file; `x-00001-of-00003.safetensors` … for more."""
+    if count == 1:
+        return [path]
+    return [
+        path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.safetensors")
+        for number in range(1, count + 1)
+    ]
+
+
+def index_path(path: Path) -> Path:
+    """The index beside the shards of `x.safetensors`."""
+    return path.with_name(f"{path.name}.index.json")
+
+
+def index_document(layouts: Sequence[Layout]) -> bytes:
+    """The `*.index.json` of several shards.
+
+    Source: huggingface_hub 2.4, `serialization/_base.py`, `StateDictSplit`.
+    """
+    total = sum(spec.nbytes for layout in layouts for spec in layout.specs)
+    weight_map = {spec.name: layout.path.name for layout in layouts for spec in layout.specs}
+    document = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class PartFile:
+    """A file being written at its `.part` name; it takes its final name in `commit`.
+
+    As a context manager it removes the part on any failure. A part left by a killed process is
+    taken over; one that another process is writing is refused.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._number = -1
+
+    def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        try:
+            self._number = os.open(self.layout.part, flags, 0o666)
+            _lock(self._number, self.layout.part)
+            os.truncate(self._number, 0)
+            os.truncate(self._number, self.layout.file_bytes)
+            self.write(self.layout.header, 0)
+        except OSError as exc:
+            self._discard()
+            raise output_error(exc, self.layout.path) from exc
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._number >= 0:
+            self._discard()
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data` at byte `offset`, from any thread."""
+        view = memoryview(data)
+        while view:
+            try:
+                count = _write_once(self._number, view, offset)
+            except OSError as exc:
+                raise output_error(exc, self.layout.path) from exc
+            view, offset = view[count:], offset + count
+
+    def sync(self) -> None:
+        """Wait until every byte is on the disk."""
+        try:
+            os.fsync(self._number)
+        except OSError as exc:
+            raise output_error(exc, self.layout.path) from exc
+
+    def commit(self) -> None:
+        """Give the file its final name; whatever had that name is replaced in one step."""
+        try:
+            if os.name == "nt":
+                self._close()
+            self.layout.part.replace(self.layout.path)
+        except OSError as exc:
+            raise output_error(exc, self.layout.path) from exc
+        self._close()
+
+    def _close(self) -> None:
+        if self._number >= 0:
+            os.close(self._number)
+            self._number = -1
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self.layout.part.unlink()
+        self._close()
+
+
+def write_small(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all: part, fsync, replace."""
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except OSError as exc:
+        part.unlink(missing_ok=True)
+        raise output_error(exc, path) from exc
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    if os.name == "nt":
+        return
+    with suppress(OSError):  # some network systems cannot sync a folder
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def output_error(exc: OSError, path: Path) -> OutputError:
+    """The user's view of an operating-system error while writing."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            "the disk is full; nothing was left behind",
+            where=str(path),
+            fix="free some space or write to another disk",
+        )
+    if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(
+            "the folder cannot be written to", where=str(path), fix="check its rights"
+        )
+    return OutputError(f"cannot be written: {exc.strerror or exc}", where=str(path))
+
+
+def _lock(number: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows refuses the replace instead
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise OutputError(
+            "another process is writing this output", where=str(path), fix="wait for it, or stop it"
+        ) from exc
+    except OSError:  # a file system without locks
+        return
+
+
+_POSITION_LOCK = threading.Lock()
+
+
+def _write_once(number: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(number, view, offset)
+    with _POSITION_LOCK:  # Windows: the descriptor's position is shared by all threads
+        os.lseek(number, offset, os.SEEK_SET)
+        return os.write(number, view)

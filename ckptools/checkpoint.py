@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,24 +82,19 @@ def read_header(path: Path) -> Header:
     cannot be opened.
     """
     with _opened(path) as stream:
-        return _read_header(stream.fileno(), path)
+        return _read_header(stream, path)
 
 
-def _read_header(descriptor: int, path: Path) -> Header:
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode):
-        raise InputError("not a regular file", where=str(path), fix="give a .safetensors file")
-    size = info.st_size
-    head = _pread(descriptor, min(size, _SNIFF_BYTES), 0)
+def _read_header(stream: Descriptor, path: Path) -> Header:
+    size = _regular_size(stream, path)
+    head = stream.read(min(size, _SNIFF_BYTES), 0)
     if size < 8:
         diagnosis = _diagnose(head, path)
         raise diagnosis or _invalid(path, f"only {size} bytes, too small for a header", _AGAIN)
     length = int.from_bytes(head[:8], "little")
     if length > min(size - 8, MAX_HEADER_BYTES) or length == 0:
         raise _diagnose(head, path) or _bad_length(path, length, size)
-    raw = _pread(descriptor, length, 8)
-    if len(raw) != length:
-        raise _invalid(path, "the file became shorter while it was read", _AGAIN)
+    raw = stream.read(length, 8)
     if not raw.startswith(b"{"):
         raise _diagnose(head, path) or _invalid(
             path, f"the header must begin with '{{', it begins with {raw[:8]!r}", _AGAIN
@@ -134,6 +130,13 @@ def parse_header(
 
 
 _AGAIN = "download or copy the file again"
+
+
+def _regular_size(stream: Descriptor, path: Path) -> int:
+    info = os.fstat(stream.fileno())
+    if not stat.S_ISREG(info.st_mode):
+        raise InputError("not a regular file", where=str(path), fix="give a .safetensors file")
+    return info.st_size
 
 
 def _invalid(path: Path, what: str, fix: str = _AGAIN) -> InvalidFileError:
@@ -202,6 +205,16 @@ def _diagnose(head: bytes, path: Path) -> InvalidFileError | None:
     return None
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 300
+_REPR.maxlist = 12
+
+
+def _shown(value: object) -> str:
+    """A value of a header as a message shows it: a header may hold a name of 100 MB."""
+    return _REPR.repr(value)
+
+
 class _BadJsonError(Exception):
     """A JSON rule that Python's parser does not enforce; carried out of its hooks."""
 
@@ -212,14 +225,14 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _BadJsonError(f"duplicate key {key!r}")
+                raise _BadJsonError(f"duplicate key {_shown(key)}")
             seen.add(key)
     return result
 
 
 def _integer(text: str) -> int:
     if text.startswith("-"):
-        raise _BadJsonError(f"negative number {text}")
+        raise _BadJsonError(f"negative number {text[:24]}")
     value = int(text) if len(text) <= 20 else _U64_MAX + 1
     if value > _U64_MAX:
         raise _BadJsonError(f"number {text[:24]} does not fit 64 bits")
@@ -230,22 +243,26 @@ def _constant(text: str) -> NoReturn:
     raise _BadJsonError(f"{text} is not JSON")
 
 
-def _parse_json(raw: bytes, path: Path) -> dict[str, object]:
+def _parse_json(
+    raw: bytes, path: Path, *, what: str = "header", start: int = 8
+) -> dict[str, object]:
+    """The JSON object at byte `start` of a file; errors call it `what` and name the byte."""
     try:
         text = raw.decode("utf-8")
         document = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
         )
     except UnicodeDecodeError as exc:
-        raise _invalid(path, f"the header is not UTF-8 (byte {exc.start + 8})") from exc
+        raise _invalid(path, f"the {what} is not UTF-8 (byte {exc.start + start})") from exc
     except json.JSONDecodeError as exc:
-        raise _invalid(path, f"the header is not JSON: {exc.msg} (byte {exc.pos + 8})") from exc
+        byte = start + len(text[: exc.pos].encode())
+        raise _invalid(path, f"the {what} is not JSON: {exc.msg} (byte {byte})") from exc
     except _BadJsonError as exc:
-        raise _invalid(path, f"the header breaks the format: {exc}") from exc
+        raise _invalid(path, f"the {what} breaks the format: {exc}") from exc
     except RecursionError as exc:
-        raise _invalid(path, "the header is nested too deeply") from exc
+        raise _invalid(path, f"the {what} is nested too deeply") from exc
     if not isinstance(document, dict):
-        raise _invalid(path, f"the header is a JSON {type(document).__name__}, not an object")
+        raise _invalid(path, f"the {what} is a JSON {type(document).__name__}, not an object")
     return document
 
 
@@ -253,7 +270,7 @@ def _check_text(text: str, path: Path) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:
-        raise _invalid(path, f"lone surrogate in {text!r}") from exc
+        raise _invalid(path, f"lone surrogate in {_shown(text)}") from exc
 
 
 def _metadata(value: object, path: Path, warnings: list[str]) -> dict[str, str]:
@@ -264,7 +281,7 @@ def _metadata(value: object, path: Path, warnings: list[str]) -> dict[str, str]:
         raise _invalid(path, f"`__metadata__` is a {type(value).__name__}, not an object")
     for key, item in value.items():
         if not isinstance(item, str):
-            raise _invalid(path, f"metadata {key!r} is a {type(item).__name__}, not a string")
+            raise _invalid(path, f"metadata {_shown(key)} is a {type(item).__name__}, not a string")
         _check_text(key, path)
         _check_text(item, path)
     return value
@@ -276,28 +293,31 @@ def _entry(
     """One tensor's (spec, start, end), offsets within the data section."""
     _check_text(name, path)
     if not isinstance(value, dict):
-        raise _invalid(path, f"{name!r} is a {type(value).__name__}, not an object")
+        raise _invalid(path, f"{_shown(name)} is a {type(value).__name__}, not an object")
     missing = _ENTRY_KEYS - value.keys()
     if missing:
-        raise _invalid(path, f"{name!r} has no {sorted(missing)[0]!r}")
-    for key in value.keys() - _ENTRY_KEYS:
+        raise _invalid(path, f"{_shown(name)} has no {sorted(missing)[0]!r}")
+    for key in sorted(value.keys() - _ENTRY_KEYS):
         if isinstance(value[key], dict | list) or value[key] in (math.inf, -math.inf):
-            raise _invalid(path, f"{name!r} has an unknown field {key!r}")
+            raise _invalid(path, f"{_shown(name)} has an unknown field {_shown(key)}")
         _check_text(key, path)
-        warnings.append(f"{name!r} has an unknown field {key!r}")
+        _check_text(value[key] if isinstance(value[key], str) else "", path)
+        warnings.append(f"{_shown(name)} has an unknown field {_shown(key)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _invalid(
-            path, f"{name!r} has the unknown dtype {dtype!r}", "is it written by a newer version?"
+            path,
+            f"{_shown(name)} has the unknown dtype {_shown(dtype)}",
+            "is it written by a newer version?",
         )
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
-        raise _invalid(path, f"{name!r} has the shape {shape!r}, not a list of sizes")
+        raise _invalid(path, f"{_shown(name)} has the shape {_shown(shape)}, not a list of sizes")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or any(type(offset) is not int for offset in offsets)
     ):
-        raise _invalid(path, f"{name!r} has the offsets {offsets!r}, not [start, end]")
+        raise _invalid(path, f"{_shown(name)} has the offsets {_shown(offsets)}, not [start, end]")
     start, end = offsets
     _check_size(name, dtype, shape, end - start, path)
     return TensorSpec(name, dtype, tuple(shape)), start, end
@@ -308,14 +328,14 @@ def _check_size(name: str, dtype: str, shape: Sequence[int], nbytes: int, path: 
     for size in shape:  # in the reference's order: it refuses any overflow on the way
         numel *= size
         if numel > _U64_MAX:
-            raise _invalid(path, f"{name!r} has the impossible shape {list(shape)}")
+            raise _invalid(path, f"{_shown(name)} has the impossible shape {_shown(list(shape))}")
     bits = numel * DTYPES[dtype].bits
     if bits > _U64_MAX:
-        raise _invalid(path, f"{name!r} has the impossible shape {list(shape)}")
+        raise _invalid(path, f"{_shown(name)} has the impossible shape {_shown(list(shape))}")
     if bits % 8 or bits // 8 != nbytes:
         raise _invalid(
             path,
-            f"{name!r} is {dtype} {list(shape)}, {bits / 8:,.10g} bytes, "
+            f"{_shown(name)} is {dtype} {_shown(list(shape))}, {bits / 8:,.10g} bytes, "
             f"but its offsets span {nbytes:,}",
         )
 
@@ -328,10 +348,10 @@ def _check_coverage(
     for spec, start, end in entries:
         if start != position:
             what = "overlaps" if start < position else "leaves a hole after"
-            before = repr(previous) if previous else "the start"
+            before = _shown(previous) if previous else "the start"
+            name = _shown(spec.name)
             raise _invalid(
-                path,
-                f"{spec.name!r} at bytes {start:,} to {end:,} {what} {before} (at {position:,})",
+                path, f"{name} at bytes {start:,} to {end:,} {what} {before} (at {position:,})"
             )
         position, previous = end, spec.name
     if position > data_bytes:
@@ -352,18 +372,22 @@ def _opened(path: Path) -> Descriptor:
         return Descriptor(path)
     except FileNotFoundError as exc:
         raise InputError("no such file", where=str(path), fix=_similar_files(path)) from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a path with a NUL in it
+        reason = exc.strerror if isinstance(exc, OSError) else exc
         raise InputError(
-            f"cannot be opened: {exc.strerror or exc}", where=str(path), fix="check the path"
+            f"cannot be opened: {reason}", where=str(path), fix="check the path"
         ) from exc
 
 
 def _similar_files(path: Path) -> str:
     """A hint that names files that are there."""
     parent = path.parent
-    if not parent.is_dir():
+    try:
+        there = sorted(item.name for item in parent.iterdir() if item.suffix == ".safetensors")
+    except FileNotFoundError:
         return f"the folder {str(parent)!r} does not exist either"
-    there = sorted(item.name for item in parent.iterdir() if item.suffix == ".safetensors")
+    except OSError:  # not a folder, or one that may not be listed
+        return "check the path"
     if not there:
         return "check the path"
     shown = ", ".join(there[:6]) + (", …" if len(there) > 6 else "")
@@ -399,6 +423,12 @@ class Descriptor:
                 )
             done += count
 
+    def read(self, length: int, offset: int) -> bytes:
+        """The `length` bytes from byte `offset` on: for headers."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
     def _read_once(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._number, [view], offset)
@@ -421,19 +451,6 @@ class Descriptor:
         self.close()
 
 
-def _pread(descriptor: int, length: int, offset: int) -> bytes:
-    """Up to `length` bytes at `offset`; fewer only at the end of the file."""
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    parts: list[bytes] = []
-    while length > 0:
-        part = os.read(descriptor, min(length, 1 << 24))
-        if not part:
-            break
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
 # --- checkpoints -------------------------------------------------------------------------------
 
 
@@ -453,11 +470,17 @@ class Checkpoint(Mapping[str, TensorSpec]):
     """
 
     def __init__(
-        self, path: Path, files: Sequence[SourceFile], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        files: Sequence[SourceFile],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.files = tuple(files)
         self.metadata = files[0].header.metadata if metadata is None else metadata
+        self._warnings = warnings
         self._specs: dict[str, TensorSpec] = {}
         self._places: dict[str, tuple[int, int]] = {}
         for number, file in enumerate(self.files):
@@ -489,8 +512,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Oddities of the headers that do not stop a merge."""
-        return tuple(text for file in self.files for text in file.header.warnings)
+        """Oddities of the headers or the index that do not stop a merge."""
+        return (*self._warnings, *(text for file in self.files for text in file.header.warnings))
 
     def read_into(self, name: str, view: memoryview, offset: int = 0) -> None:
         """Fill `view` (bytes) with the tensor's data from byte `offset` of the tensor on."""
@@ -508,7 +531,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def check_unchanged(self) -> None:
         """Raise `InputError` if a file was replaced or written to since it was opened."""
         for file in self.files:
-            if Identity.of(file.path) != file.identity:
+            try:
+                unchanged = Identity.of(file.path) == file.identity
+            except OSError:
+                unchanged = False
+            if not unchanged:
                 raise InputError(
                     "the file changed while it was being read",
                     where=str(file.path),
@@ -544,16 +571,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Reads headers only. Raises `InputError`, `InvalidFileError`, or `UnsafeError` for an index
     whose paths leave its folder.
     """
-    if path.is_dir():
+    if _is_folder(path):
         path = _weights_in(path)
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_sharded(path)
     return Checkpoint(path, [_source_file(path)])
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no right to look: opening it tells why
+        return False
+
+
 def _source_file(path: Path) -> SourceFile:
     with _opened(path) as stream:
-        header = _read_header(stream.fileno(), path)
+        header = _read_header(stream, path)
         return SourceFile(path, header, Identity.of(stream.fileno()))
 
 
@@ -595,32 +629,51 @@ def _open_sharded(path: Path) -> Checkpoint:
     for shard, file in zip(shards, files, strict=True):
         for name in file.header.specs:
             if name in homes:
-                raise _invalid(path, f"{name!r} is in two shards, {homes[name]!r} and {shard!r}")
+                raise _invalid(
+                    path, f"{_shown(name)} is in two shards, {homes[name]!r} and {shard!r}"
+                )
             homes[name] = shard
     for name, shard in index.weight_map.items():
         if homes.get(name) != shard:
             where = f"it is in {homes[name]!r}" if name in homes else "it is in none"
-            raise _invalid(path, f"{name!r} should be in {shard!r}, {where}")
+            raise _invalid(path, f"{_shown(name)} should be in {shard!r}, {where}")
     unlisted = homes.keys() - index.weight_map.keys()
     if unlisted:
-        raise _invalid(path, f"{min(unlisted)!r} is in a shard but not in the index")
-    return Checkpoint(path, files, index.metadata or files[0].header.metadata)
+        raise _invalid(path, f"{_shown(min(unlisted))} is in a shard but not in the index")
+    return Checkpoint(
+        path,
+        files,
+        index.metadata or files[0].header.metadata,
+        warnings=_size_warning(index, files),
+    )
+
+
+def _size_warning(index: _Index, files: Sequence[SourceFile]) -> tuple[str, ...]:
+    total = sum(spec.nbytes for file in files for spec in file.header.specs.values())
+    if index.total_size in (None, total):
+        return ()
+    return (f"the index says {index.total_size:,} bytes, its shards hold {total:,}",)
 
 
 def _read_index(path: Path) -> _Index:
     with _opened(path) as stream:
-        if os.fstat(stream.fileno()).st_size > MAX_INDEX_BYTES:
+        size = _regular_size(stream, path)
+        if size > MAX_INDEX_BYTES:
             raise _invalid(path, "the index is larger than 100 MB")
-        raw = _pread(stream.fileno(), MAX_INDEX_BYTES, 0)
-    document = _parse_json(raw, path)
+        raw = stream.read(size, 0)
+    document = _parse_json(raw, path, what="index", start=0)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _invalid(path, "the index has no `weight_map`")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise _invalid(path, f"the shard of {name!r} is {shard!r}, not a file name")
+            raise _invalid(path, f"the shard of {_shown(name)} is {_shown(shard)}, not a file name")
+        _check_text(shard, path)
     metadata = document.get("metadata")
     entries = metadata if isinstance(metadata, dict) else {}
+    for key, text in entries.items():
+        _check_text(key, path)
+        _check_text(text if isinstance(text, str) else "", path)
     total = entries.get("total_size")
     return _Index(
         MappingProxyType(weight_map),
@@ -632,7 +685,8 @@ def _read_index(path: Path) -> _Index:
 def _shard_path(index: Path, shard: str) -> Path:
     """The shard's path, if it stays inside the index's folder; else `UnsafeError`.
 
-    Symbolic links may leave it only as the Hub's cache lays them: snapshots/<rev>/x -> blobs/y.
+    Symbolic links may leave it only as the Hub's cache lays them:
+    snapshots/<revision>/[folder/]x -> blobs/y.
     """
     pure = PurePosixPath(shard)
     unsafe = (
@@ -643,10 +697,15 @@ def _shard_path(index: Path, shard: str) -> Path:
         or not shard.endswith(".safetensors")
     )
     if not unsafe:
-        root = index.parent.resolve()
-        target = (index.parent / pure).resolve()
-        blobs = root.parent.parent / "blobs"
-        in_cache = root.parent.name == "snapshots" and target.parent == blobs
+        try:
+            root = index.parent.resolve()
+            target = (index.parent / pure).resolve()
+        except RuntimeError as exc:
+            raise _invalid(index, f"the shard {shard!r} is a symbolic link to itself") from exc
+        in_cache = any(
+            folder.name == "snapshots" and target.parent == folder.parent / "blobs"
+            for folder in root.parents
+        )
         unsafe = not (target.is_relative_to(root) or in_cache)
     if unsafe:
         raise UnsafeError(

@@ -9,7 +9,10 @@ Knows method signatures, but no files, no tensors and no torch.
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -19,6 +22,7 @@ from ckptools.methods import Method
 
 Kind = Literal["weights", "delta", "scalar"]
 MAX_FORMULA_CHARS = 20_000
+MAX_DEPTH = 200  # of nesting; Python's own limit of 1000 frames is met at some 400
 
 # --- the tree ----------------------------------------------------------------------------------
 
@@ -68,6 +72,16 @@ _OPERATORS: dict[type[ast.operator], str] = {
     ast.Div: "/",
 }
 _LOOKALIKES = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∗": "*"}  # noqa: RUF001
+_SIGNS = frozenset("+-*/=(),.0123456789")
+# What Python's parser says that is worth passing on, and what to do about it.
+_SYNTAX_HINTS = {
+    "was never closed": "",
+    "unmatched": "",
+    "does not match": "",
+    "positional argument follows keyword argument": "give the models first",
+    "invalid decimal literal": "put a sign between a number and a name: 0.5 * A",
+    "invalid imaginary literal": "put a sign between a number and a name: 0.5 * J",
+}
 
 
 @dataclass(frozen=True)
@@ -94,31 +108,23 @@ def parse_formula(text: str, *, where: str = "") -> Formula:
 
     Raises `RecipeError` with the column of the first thing that is not one of these.
     """
-    flat = text.replace("\n", " ").replace("\t", " ").rstrip()
-    for odd, plain in _LOOKALIKES.items():
-        if odd in flat:
-            raise _error(
-                flat,
-                f"{odd!r} is not an operator",
-                flat.index(odd) + 1,
-                where=where,
-                fix=f"write {plain!r}",
-            )
+    flat = "".join(" " if char.isspace() else char for char in text).rstrip()
     if len(flat) > MAX_FORMULA_CHARS:
         raise RecipeError(f"a formula of {len(flat):,} characters", where=where, fix="use `let:`")
+    _check_characters(flat, where)
     indent = len(flat) - len(flat.lstrip())
     try:
-        parsed = ast.parse(flat.lstrip(), mode="eval")
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            parsed = ast.parse(flat.lstrip(), mode="eval")
         return Formula(flat, _Builder(flat, where, indent).build(parsed.body), where)
     except SyntaxError as exc:
-        column = min(indent + (exc.offset or 1), len(flat) + 1)
-        raise _error(
-            flat,
-            "this does not read as a formula",
-            max(column, 1),
-            where=where,
-            fix="write it like A + (B - C) * M",
-        ) from exc
+        # Python says 0 where the text ends too early
+        column = min(indent + exc.offset, len(flat) + 1) if exc.offset else len(flat) + 1
+        what, fix = "this does not read as a formula", "write it like A + (B - C) * M"
+        for words, hint in _SYNTAX_HINTS.items():
+            if words in exc.msg:
+                what, fix = f"{what}: {exc.msg}", hint or fix
+        raise _error(flat, what, column, where=where, fix=fix) from exc
     except (RecursionError, MemoryError) as exc:
         raise RecipeError(
             "the formula is nested too deeply", where=where, fix="use `let:`"
@@ -127,13 +133,43 @@ def parse_formula(text: str, *, where: str = "") -> Formula:
         raise RecipeError(f"the formula cannot be read: {exc}", where=where) from exc
 
 
+def _check_characters(text: str, where: str) -> None:
+    """Refuse characters that look like signs or that Python would read as a comment."""
+    for position, char in enumerate(text):
+        if char == "#":
+            raise _error(
+                text, "`#` is not part of formulas", position + 1, where=where,
+                fix="put comments on lines of their own in the YAML",
+            )  # fmt: skip
+        if not char.isascii():
+            plain = _LOOKALIKES.get(char, unicodedata.normalize("NFKC", char))
+            if plain in _SIGNS:
+                raise _error(
+                    text, f"{char!r} ({_character(char)}) is not a sign of formulas",
+                    position + 1, where=where, fix=f"write {plain!r}",
+                )  # fmt: skip
+
+
+def _character(char: str) -> str:
+    return unicodedata.name(char, f"U+{ord(char):04X}").lower()
+
+
 class _Builder:
     """Turns Python's syntax tree into ours, refusing every node kind not listed here."""
 
     def __init__(self, text: str, where: str, indent: int) -> None:
         self._text, self._where, self._indent = text, where, indent
+        self._depth = 0
 
     def build(self, node: ast.expr) -> Expr:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise RecursionError
+        built = self._build(node)
+        self._depth -= 1
+        return built
+
+    def _build(self, node: ast.expr) -> Expr:
         column = self._column(node)
         match node:
             case ast.Constant(value=bool() | str() | bytes() | complex() | None):
@@ -168,6 +204,8 @@ class _Builder:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self._error("`**` is not part of formulas", keyword.value)
+            if keyword.arg in keywords:
+                raise self._error(f"{name}: {keyword.arg!r} is given twice", keyword.value)
             keywords[keyword.arg] = self.build(keyword.value)
         args = tuple(self.build(argument) for argument in node.args)
         return Call(name, args, tuple(keywords.items()), self._column(node))
@@ -205,9 +243,16 @@ def names_in(expr: Expr) -> Iterator[Name]:
 
 # --- types -------------------------------------------------------------------------------------
 
-# Values that no user's coefficients cancel by accident: the sum of a linear formula's
-# coefficients is zero at all three exactly when it is zero whatever the parameters are.
-_PROBES = (0.7390851332151607, 1.4142135623730951, 2.2360679774997896)
+# Every parameter gets a value of its own at each probe, made from its name, that no other
+# coefficient cancels by accident: the sum of a linear formula's coefficients is zero at all
+# probes exactly when it is zero whatever the parameters are.
+_PROBES = 3
+
+
+def _probe(param: str, number: int) -> float:
+    """A number in [0.5, 1.5) that belongs to a parameter."""
+    digest = hashlib.sha256(f"{number} {param}".encode()).digest()
+    return 0.5 + int.from_bytes(digest[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)
@@ -250,7 +295,7 @@ class _Checker:
     def typed(self, expr: Expr) -> _Typed:
         match expr:
             case Number(value=value):
-                return _Typed("scalar", (value,) * len(_PROBES))
+                return _Typed("scalar", (value,) * _PROBES)
             case Name():
                 return self._name(expr)
             case Call():
@@ -263,18 +308,20 @@ class _Checker:
     def _name(self, expr: Name) -> _Typed:
         scope = self._scope
         if expr.id in scope.models:
-            return _Typed("weights", (1.0,) * len(_PROBES))
+            return _Typed("weights", (1.0,) * _PROBES)
         if expr.id in scope.lets:
             return _Checker(scope.lets[expr.id], scope).typed(scope.lets[expr.id].tree)
         if expr.id in scope.params:
-            shift = 1 + (sum(expr.id.encode()) % 97) / 100  # tells parameters apart
-            return _Typed("scalar", tuple(probe * shift for probe in _PROBES))
+            return _Typed("scalar", tuple(_probe(expr.id, n) for n in range(_PROBES)))
         if expr.id in scope.methods:
             raise self._formula.error(
                 f"{expr.id!r} is a method", expr.column, f"call it: {usage(scope.methods[expr.id])}"
             )
+        odd = next((char for char in expr.id if not char.isascii()), "")
         raise self._formula.error(
-            f"unknown name {expr.id!r}", expr.column, nearest(expr.id, scope.names)
+            f"unknown name {expr.id!r}" + (f", with a {_character(odd)}" if odd else ""),
+            expr.column,
+            nearest(expr.id, scope.names),
         )
 
     def _product(self, expr: Binary) -> _Typed:
@@ -337,7 +384,7 @@ class _Checker:
                 )
             if isinstance(value, Number):
                 _check_bounds(method, name, value.value, self._formula, value.column)
-        return _Typed("weights", (1.0,) * len(_PROBES))
+        return _Typed("weights", (1.0,) * _PROBES)
 
 
 def _each(

@@ -33,8 +33,10 @@ _STALE = {
     "modelspec.resolution", "sd_merge_recipe", "sd_merge_models", "sshs_model_hash",
     "sshs_legacy_hash", "ckptools.recipe", "ckptools.version",
 }  # fmt: skip
-_LOCAL_PATH = re.compile(r"(?:^|[\s\"'=:,(\[])(?:/[\w.~-]+/[^\s\"']|~/|[A-Za-z]:[\\/]|\\\\\w)")
-_WEB = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"']*", re.IGNORECASE)
+_LOCAL_PATH = re.compile(
+    r"\bfile:/|(?<![\w.~/+-])(?:/[\w.~-]+/[^\s\"']|~\w*/|[a-z]:[\\/]|\\\\\w)", re.IGNORECASE
+)
+_WEB = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s\"']*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Embedded:
 
 def names_local_path(text: str) -> bool:
     """Whether a text holds a path of somebody's machine (web addresses are not)."""
-    return bool(_LOCAL_PATH.search(_WEB.sub(" ", text)))
+    return bool(_LOCAL_PATH.search(_WEB.sub(" ", text.replace("\\/", "/"))))  # JSON may write \/
 
 
 def legacy_hash(checkpoint: Checkpoint) -> str:
@@ -119,13 +121,14 @@ def embedded_metadata(plan: Plan, sha256s: Mapping[str, str]) -> Embedded:
     """
     entries: dict[str, str] = {}
     notes: list[str] = []
-    for key, value in plan.base.checkpoint.metadata.items():
+    public = _public(plan.base)
+    for key in plan.base.checkpoint.metadata:
         if key in _STALE:
             continue
-        if names_local_path(value) or names_local_path(key):
+        if key in public:
+            entries[key] = public[key]
+        else:
             notes.append(f"metadata {key!r} of {plan.base.name} names a local path and is left out")
-            continue
-        entries[key] = value
     entries |= _model_spec(plan)
     recipe = _compact(canonical_recipe(plan, sha256s))
     entries |= {
@@ -143,7 +146,7 @@ def embedded_metadata(plan: Plan, sha256s: Mapping[str, str]) -> Embedded:
 def _model_spec(plan: Plan) -> dict[str, str]:
     prediction = plan.base.detection.prediction
     architecture = plan.family.architecture(plan.variant, prediction)
-    carried = plan.base.checkpoint.metadata
+    carried = _public(plan.base)
     resolution = carried.get("modelspec.resolution") or plan.family.resolution(
         plan.variant, prediction
     )
@@ -153,7 +156,7 @@ def _model_spec(plan: Plan) -> dict[str, str]:
         "modelspec.implementation": carried.get("modelspec.implementation", _IMPLEMENTATION),
         "modelspec.title": plan.recipe.output_path.stem,
         "modelspec.merged_from": ", ".join(
-            source.checkpoint.metadata.get("modelspec.title") or source.checkpoint.path.stem
+            _public(source).get("modelspec.title") or source.checkpoint.path.stem
             for source in plan.sources
         ),
     }
@@ -162,6 +165,15 @@ def _model_spec(plan: Plan) -> dict[str, str]:
     if prediction in ("epsilon", "v"):
         entries["modelspec.prediction_type"] = prediction
     return entries
+
+
+def _public(source: Source) -> dict[str, str]:
+    """A source's metadata without the entries that name a local path."""
+    return {
+        key: value
+        for key, value in source.checkpoint.metadata.items()
+        if not names_local_path(key) and not names_local_path(value)
+    }
 
 
 def _web_ui_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
@@ -202,14 +214,13 @@ def _web_ui_models(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
 
 def _own_json(source: Source, key: str) -> object:
     """A JSON entry of a source's metadata; None where it is absent, broken, or names a path."""
-    text = source.checkpoint.metadata.get(key, "")
-    if not text or names_local_path(text):
-        return None
     try:
-        parsed: object = json.loads(text)
-        return parsed
-    except ValueError:
+        parsed: object = json.loads(source.checkpoint.metadata.get(key, ""))
+        text = _compact(parsed)
+        text.encode()  # escapes can spell what UTF-8 cannot hold
+    except (ValueError, RecursionError):
         return None
+    return None if names_local_path(text) else parsed
 
 
 def _compact(document: object) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ckptools.methods import Method
     from ckptools.plan import Plan, Source, Step
 
-_COMMON_FORMS = 2
+_COMMON_FORMS = 3
+_WIDTH_OF_PIPES = 110
 
 
 def safe(text: str) -> str:
@@ -45,7 +46,15 @@ def gigabytes(nbytes: float) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        width=None if stream.isatty() else _WIDTH_OF_PIPES,
+    )
 
 
 def _table(*columns: str, numbers: Sequence[int] = ()) -> Table:
@@ -54,8 +63,10 @@ def _table(*columns: str, numbers: Sequence[int] = ()) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position in numbers else "left",
-                         overflow="fold")  # fmt: skip
+        right, last = position in numbers, position == len(columns) - 1
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=not last, overflow="fold"
+        )
     return table
 
 
@@ -232,9 +243,9 @@ def _forms_text(steps: Sequence[Step]) -> str:
         return reasons[0][0] if reasons else ""
     if len(forms) == 1:
         return forms[0][0]
-    shown = [f"{form} ({count:,})" for form, count in forms[:_COMMON_FORMS]]
+    shown = [f"{form}  for {count:,}" for form, count in forms[:_COMMON_FORMS]]
     rest = len(forms) - _COMMON_FORMS
-    return ", ".join(shown) + (f", {rest} more" if rest > 0 else "")
+    return "\n".join([*shown, f"… {rest} more"] if rest > 0 else shown)
 
 
 # --- explain -----------------------------------------------------------------------------------

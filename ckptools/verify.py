@@ -6,6 +6,7 @@ its tensors again.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def check_structure(path: Path, layout: Layout) -> None:
             f"{len(found) - len(layout.specs)} tensors too many", where=str(path)
         )
     header = read_header(path)
+    if header.sha256 != hashlib.sha256(layout.header).hexdigest():
+        raise VerificationError("the header is not the planned one", where=str(path))
     if dict(header.starts) != dict(layout.starts) or header.file_bytes != layout.file_bytes:
         raise VerificationError("tensors are not where they were planned", where=str(path))
 

@@ -139,12 +139,12 @@ class PartFile:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._number = -1
+        self._ours = False
 
     def __enter__(self) -> Self:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         try:
-            self._number = os.open(self.layout.part, flags, 0o666)
-            _lock(self._number, self.layout.part)
+            self._number = _open_locked(self.layout.part)
+            self._ours = True
             os.truncate(self._number, 0)
             os.truncate(self._number, self.layout.file_bytes)
             self.write(self.layout.header, 0)
@@ -152,15 +152,14 @@ class PartFile:
             self._discard()
             raise output_error(exc, self.layout.path) from exc
         except BaseException:
-            self._close()
+            self._discard()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._number >= 0:
-            self._discard()
+        self._discard()
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`, from any thread."""
@@ -187,6 +186,7 @@ class PartFile:
             self.layout.part.replace(self.layout.path)
         except OSError as exc:
             raise output_error(exc, self.layout.path) from exc
+        self._ours = False
         self._close()
 
     def _close(self) -> None:
@@ -195,8 +195,13 @@ class PartFile:
             self._number = -1
 
     def _discard(self) -> None:
+        if not self._ours:  # another process writes it, or it has its final name
+            return
+        if os.name == "nt":  # which cannot remove an open file
+            self._close()
         with suppress(OSError):
             self.layout.part.unlink()
+        self._ours = False
         self._close()
 
 
@@ -209,9 +214,12 @@ def write_small(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)
-    except OSError as exc:
-        part.unlink(missing_ok=True)
-        raise output_error(exc, path) from exc
+    except BaseException as exc:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(exc, OSError):
+            raise output_error(exc, path) from exc
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -238,7 +246,39 @@ def output_error(exc: OSError, path: Path) -> OutputError:
         return OutputError(
             "the folder cannot be written to", where=str(path), fix="check its rights"
         )
+    if exc.errno == errno.EFBIG:
+        return OutputError(
+            "the file is larger than this disk or this process may hold (FAT: 4 GB a file)",
+            where=str(path),
+            fix="set `output.shard_size`, or write to another disk",
+        )
     return OutputError(f"cannot be written: {exc.strerror or exc}", where=str(path))
+
+
+def _open_locked(part: Path) -> int:
+    """A descriptor of the part, new or left over, that no other process writes to.
+
+    Between opening and locking, another process may have given the file its final name, or have
+    removed it: writing on would damage a finished file. Then it is opened again.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    while True:
+        number = os.open(part, flags, 0o666)
+        try:
+            _lock(number, part)
+            if _is_open_as(number, part):
+                return number
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+
+
+def _is_open_as(number: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(number: int, path: Path) -> None:

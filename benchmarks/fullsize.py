@@ -1,0 +1,60 @@
+"""Full-size checkpoint files with random weights, made in a stream: real names, real shapes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+LAYOUTS = Path(__file__).parent.parent / "tests" / "layouts"
+WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
+_CHUNK = 1 << 20
+
+
+def read_layout(name: str) -> list[tuple[str, list[int]]]:
+    """(tensor name, shape) of a public model, from tests/layouts."""
+    with gzip.open(LAYOUTS / f"{name}.txt.gz", "rt", encoding="utf-8") as stream:
+        rows = [line.rstrip("\n").split("\t") for line in stream]
+    return [(name, [int(size) for size in shape.split(",") if size]) for name, shape in rows]
+
+
+def write_model(path: Path, layout: str, *, seed: int, dtype: str = "F16") -> None:
+    """A file of that layout: normal weights of standard deviation 0.05, position ids as they are.
+
+    dtype  F16, BF16 or F32
+    """
+    rows = sorted(read_layout(layout))
+    ids = [row for row in rows if row[0].endswith("position_ids")]
+    rest = [row for row in rows if not row[0].endswith("position_ids")]
+    header: dict[str, object] = {}
+    position = 0
+    for name, shape in [*ids, *rest]:
+        kind = "I64" if (name, shape) in ids else dtype
+        nbytes = math.prod(shape) * (8 if kind == "I64" else WIDTHS[dtype])
+        span = [position, position + nbytes]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": span}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    random = np.random.default_rng(seed)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, shape in ids:
+            stream.write(np.arange(math.prod(shape), dtype="<i8").tobytes())
+        for _, shape in rest:
+            left = math.prod(shape)
+            while left:
+                count = min(left, _CHUNK)
+                stream.write(_stored(random.standard_normal(count, np.float32) * 0.05, dtype))
+                left -= count
+
+
+def _stored(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "F16":
+        return values.astype(np.float16).tobytes()
+    if dtype == "BF16":  # truncated, not rounded: any bits will do
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype(np.float32).tobytes()

@@ -265,12 +265,16 @@ class _Typed:
 
 @dataclass(frozen=True)
 class Scope:
-    """The names a formula may use: models, parameters, and earlier `let` formulas."""
+    """The names a formula may use: models, parameters, and earlier `let` formulas.
+
+    types  what `check_formula` found out about the `let`s so far
+    """
 
     models: frozenset[str]
     params: frozenset[str]
     lets: Mapping[str, Formula]
     methods: Mapping[str, Method]
+    types: dict[str, _Typed] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -310,7 +314,7 @@ class _Checker:
         if expr.id in scope.models:
             return _Typed("weights", (1.0,) * _PROBES)
         if expr.id in scope.lets:
-            return _Checker(scope.lets[expr.id], scope).typed(scope.lets[expr.id].tree)
+            return self._let(expr.id)
         if expr.id in scope.params:
             return _Typed("scalar", tuple(_probe(expr.id, n) for n in range(_PROBES)))
         if expr.id in scope.methods:
@@ -323,6 +327,14 @@ class _Checker:
             expr.column,
             nearest(expr.id, scope.names),
         )
+
+    def _let(self, name: str) -> _Typed:
+        """Typed once each: lets that use lets would double the work at every step."""
+        memo = self._scope.types
+        if name not in memo:
+            formula = self._scope.lets[name]
+            memo[name] = _Checker(formula, self._scope).typed(formula.tree)
+        return memo[name]
 
     def _product(self, expr: Binary) -> _Typed:
         left, right = self.typed(expr.left), self.typed(expr.right)
@@ -584,14 +596,19 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
     Raises `RecipeError` where the values leave a method's bounds or divide by zero.
     """
 
+    numbers_of_lets: dict[str, float] = {}
+    forms_of_lets: dict[str, Linear] = {}
+
     def scalar(expr: Expr, inside: Formula) -> float:
         match expr:
             case Number(value=value):
                 return value
             case Name(id=name):
-                if name in scope.lets:
-                    return scalar(scope.lets[name].tree, scope.lets[name])
-                return value_of[name]
+                if name not in scope.lets:
+                    return value_of[name]
+                if name not in numbers_of_lets:
+                    numbers_of_lets[name] = scalar(scope.lets[name].tree, scope.lets[name])
+                return numbers_of_lets[name]
             case Binary(op=op, left=left, right=right):
                 x, y = scalar(left, inside), scalar(right, inside)
                 if op == "/" and y == 0:
@@ -602,9 +619,11 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
     def form(expr: Expr, inside: Formula) -> Linear:
         match expr:
             case Name(id=name):
-                if name in scope.lets:
-                    return form(scope.lets[name].tree, scope.lets[name])
-                return Linear.of(name)
+                if name not in scope.lets:
+                    return Linear.of(name)
+                if name not in forms_of_lets:
+                    forms_of_lets[name] = form(scope.lets[name].tree, scope.lets[name])
+                return forms_of_lets[name]
             case Binary(op="+", left=left, right=right):
                 return form(left, inside) + form(right, inside)
             case Binary(op="-", left=left, right=right):
@@ -630,6 +649,13 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             numbers[name] = scalar(value, inside)
             _check_bounds(method, name, numbers[name], inside, value.column)
         models = [(name, form(value, inside)) for name, value in bound.models]
+        for (name, value), (_, model) in zip(bound.models, models, strict=True):
+            if not model.terms and method.access != "linear":
+                raise inside.error(
+                    f"{method.name}: with these numbers nothing is left of {name!r}",
+                    value.column,
+                    "check the parameters",
+                )
         if method.access == "linear":
             positional = [value for name, value in models if name not in method.keyword_models]
             keywords = {name: value for name, value in models if name in method.keyword_models}
@@ -643,17 +669,7 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
 
 def is_scalar(expr: Expr, scope: Scope) -> bool:
     """Whether an expression that passed `check_formula` is a number."""
-    match expr:
-        case Number():
-            return True
-        case Name(id=name):
-            if name in scope.lets:
-                return is_scalar(scope.lets[name].tree, scope)
-            return name in scope.params
-        case Binary(left=left, right=right):
-            return is_scalar(left, scope) and is_scalar(right, scope)
-        case Call():
-            return False
+    return _Checker(Formula("", expr), scope).typed(expr).kind == "scalar"
 
 
 def used_names(formula: Formula, scope: Scope) -> Iterable[str]:
@@ -662,10 +678,10 @@ def used_names(formula: Formula, scope: Scope) -> Iterable[str]:
 
     def walk(current: Formula) -> None:
         for name in names_in(current.tree):
-            if name.id in scope.lets:
-                walk(scope.lets[name.id])
-            else:
-                seen.setdefault(name.id)
+            if name.id not in seen:
+                seen[name.id] = None
+                if name.id in scope.lets:
+                    walk(scope.lets[name.id])
 
     walk(formula)
-    return tuple(seen)
+    return tuple(name for name in seen if name not in scope.lets)

@@ -26,7 +26,7 @@ from ckptools.errors import (
     raise_all,
 )
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
-from ckptools.formula import Applied, Linear, specialise, used_names
+from ckptools.formula import Applied, Linear, base_model, specialise, used_names
 from ckptools.methods import load_methods
 from ckptools.program import (
     MAX_F32_TERMS,
@@ -61,13 +61,15 @@ _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent spa
 class Source:
     """One opened model of the recipe.
 
-    names  canonical tensor name -> the name it has in this file
+    names    canonical tensor name -> the name it has in this file
+    doubles  (name left out, name used) of tensors that the file has under two spellings
     """
 
     ref: ModelRef
     checkpoint: Checkpoint
     detection: Detection
     names: Mapping[str, str]
+    doubles: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -204,8 +206,17 @@ def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
         checkpoint.close()
         raise InputError(f"this is {noun}, not weights", fix="a formula needs whole models")
     canonical = family_of(detection).canonical_name
-    names = {canonical(name): name for name in checkpoint}
-    return Source(ref, checkpoint, detection, MappingProxyType(names))
+    names: dict[str, str] = {}
+    doubles: list[tuple[str, str]] = []
+    for name in checkpoint:
+        usual = canonical(name)
+        if usual in names:
+            kept, left = (name, names[usual]) if name == usual else (names[usual], name)
+            doubles.append((left, kept))
+            names[usual] = kept
+        else:
+            names[usual] = name
+    return Source(ref, checkpoint, detection, MappingProxyType(names), tuple(doubles))
 
 
 # --- the plan ----------------------------------------------------------------------------------
@@ -240,6 +251,7 @@ class _Planner:
             name for name in used_names(recipe.merge, recipe.scope) if name in self.by_name
         ]
         self.family = self._common_family()
+        self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
         self.errors: list[CkptError] = []
         self.warnings: list[str] = [*recipe.warnings]
         self.notes: list[str] = []
@@ -313,15 +325,16 @@ class _Planner:
                     f"the family of {name} is not known ({_nearest_family(self.by_name[name])}): "
                     "its tensors are matched by name and shape"
                 )
-        for name in dict.fromkeys(model for model, _ in self.recipe.take.values()):
-            self._check_taken_family(name)
+        for component, (name, _) in self.recipe.take.items():
+            self._check_taken_family(component, name)
 
-    def _check_taken_family(self, name: str) -> None:
+    def _check_taken_family(self, component: str, name: str) -> None:
         source = self.by_name[name]
         theirs = family_of(source.detection)
         if theirs.kind != "checkpoint" or UNKNOWN in (theirs, self.family):
             return
-        if theirs.id != self.family.id and {theirs.id, self.family.id} not in _SHARED_VAE:
+        shared = component == "vae" and {theirs.id, self.family.id} in _SHARED_VAE
+        if theirs.id != self.family.id and not shared:
             self.errors.append(
                 InputError(
                     f"{name} is {source.title}, the merge is {self.family.title}: "
@@ -332,7 +345,16 @@ class _Planner:
             )
 
     def _check_components(self) -> None:
-        """Components named in `take:` and `output.dtype` must be this family's."""
+        """Components in `take:` and `output.dtype`, and `compat:`, must be this family's."""
+        if self.recipe.compat and self.recipe.compat not in self.family.compat:
+            self.errors.append(
+                RecipeError(
+                    f"compat: {self.family.id} has no mapping {self.recipe.compat!r}",
+                    where=self.recipe.compat_where,
+                    fix=nearest(self.recipe.compat, self.family.compat),
+                )
+            )
+            raise_all(self.errors)  # selectors of blocks would all fail alike
         known = [*self.family.components, "other"]
         for component, (_, where) in self.recipe.take.items():
             if component not in known:
@@ -473,7 +495,8 @@ class _Planner:
     ) -> Compute:
         key = (form, tuple(models))
         if key not in self._mixes:
-            self._mixes[key] = compile_mix(form, {name: i for i, name in enumerate(models)})
+            index = {name: i for i, name in enumerate(models)}
+            self._mixes[key] = compile_mix(form, index, self._anchor)
         mix = self._mixes[key]
         methods = load_methods()
         whole = any(methods[node.method].access == "tensor" for node in applied_in(mix))
@@ -494,16 +517,17 @@ class _Planner:
         if not self._may_widen(name, spec) or not _differ_in_channels(everyone):
             return None
         counts = sorted({read.spec.shape[1] for read in everyone})
-        if len(counts) > 2:
+        widened = {r.source for r in everyone if self._has_extra_channels(r)}
+        if len(counts) > 2 or widened.issuperset(read.source for read in everyone):
             parts = [f"{self.sources[r.source].name} has {r.spec.shape[1]}" for r in candidates]
             self.errors.append(
                 InputError(
-                    f"three kinds of input channels do not go together: {', '.join(parts)}",
+                    f"these input channels do not go together: {', '.join(parts)}",
                     where=spec.name,
                     fix="merge one inpainting, edit or depth model at a time",
                 )
             )
-            return None
+            return _WideStep(self, spec, counts[0], everyone[0])
         extra = next(read for read in everyone if read.spec.shape[1] == counts[-1])
         self._widened.append(
             f"{spec.name}: the first {counts[0]} input channels are merged, "
@@ -511,6 +535,10 @@ class _Planner:
         )
         shape = (spec.shape[0], counts[-1], *spec.shape[2:])
         return _WideStep(self, replace(spec, shape=shape), counts[0], extra)
+
+    def _has_extra_channels(self, read: Read) -> bool:
+        """Whether a model is a variant (inpainting, edit, depth) that takes more than latents."""
+        return self.sources[read.source].detection.variant not in (None, "base")
 
     def _may_widen(self, name: str, spec: TensorSpec) -> bool:
         if len(spec.shape) != 4:
@@ -633,6 +661,13 @@ class _Planner:
                 f"{parts}"
             )
         for source in self.sources:
+            if source.doubles:
+                left, kept = source.doubles[0]
+                more = f" (and {len(source.doubles) - 1:,} more)" if source.doubles[1:] else ""
+                self.warnings.append(
+                    f"{source.name} has tensors under two names: {left!r} is left out, "
+                    f"{kept!r} is used{more}"
+                )
             self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
         self._tell_taken(plan)
         if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:

@@ -5,7 +5,8 @@ Pure data: made by `plan`, run by `engine`. No torch, no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -105,47 +106,66 @@ def reads_of(program: Program) -> tuple[Read, ...]:
             return (*common.reads, extra)
 
 
-def compile_mix(form: Linear, index: Mapping[str, int]) -> Mix:
+def compile_mix(form: Linear, index: Mapping[str, int], base: str = "") -> Mix:
     """The evaluation order of a linear form that keeps its promises in floating point.
 
     index  model name -> index of its read
+    base   the model that is not part of a delta: in A - (C - B) it is A that stays alone
 
     Opposite coefficients are paired: A + 0.7·B - 0.7·C becomes A - 0.7·(C - B). Where B equals
     C the bracket is +0 whatever their size, -0.7 · +0 is -0, and A + -0 is A to the bit, the
-    sign of its zeros included.
+    sign of its zeros included. A + 0.3·B + 0.9·D - 1.2·C becomes A - 0.3·(C - B) - 0.9·(C - D).
     """
-    pairs, partner = _pairs(form)
+    pairs, partner = _pairs(form, base)
     alone: list[tuple[float, Node]] = []
     deltas: list[tuple[float, Node]] = []
     for position, (leaf, value) in enumerate(form.terms):
         if position in pairs:
             other = form.terms[pairs[position]][0]
             first, second = (other, leaf) if value > 0 else (leaf, other)
-            bracket = Mix(((1.0, _node(first, index)), (-1.0, _node(second, index))))
+            bracket = Mix(((1.0, _node(first, index, base)), (-1.0, _node(second, index, base))))
             deltas.append((-abs(value), bracket))
         elif position not in partner:
-            alone.append((value, _node(leaf, index)))
+            alone.append((value, _node(leaf, index, base)))
     return Mix((*alone, *deltas))
 
 
-def _pairs(form: Linear) -> tuple[dict[int, int], set[int]]:
-    """Position -> position of the term with exactly the opposite coefficient, nearest before."""
+def _pairs(form: Linear, base: str) -> tuple[dict[int, int], set[int]]:
+    """Position -> position of the term with exactly the opposite coefficient, nearest before.
+
+    Where one of the terms left over makes up for all others, it is the partner of each.
+    """
     open_positions: list[int] = []
     pairs: dict[int, int] = {}
-    for position, (_, value) in enumerate(form.terms):
+    for position, (leaf, value) in enumerate(form.terms):
+        if leaf == base:
+            continue
         match = next((at for at in reversed(open_positions) if form.terms[at][1] == -value), None)
         if match is None:
             open_positions.append(position)
         else:
             open_positions.remove(match)
             pairs[match] = position
+    hub = _hub([(at, form.terms[at][1]) for at in open_positions])
+    if hub is not None:
+        pairs |= {at: hub for at in open_positions if at != hub}
     return pairs, set(pairs.values())
 
 
-def _node(leaf: str | Applied, index: Mapping[str, int]) -> Node:
+def _hub(values: Sequence[tuple[int, float]]) -> int | None:
+    """The position whose coefficient is minus the sum of all others, which have one sign."""
+    largest = max((abs(value) for _, value in values), default=0.0)
+    if abs(math.fsum(value for _, value in values)) > 1e-15 * largest:
+        return None
+    above = [at for at, value in values if value > 0]
+    below = [at for at, value in values if value < 0]
+    return next((side[0] for side in (below, above) if len(side) == 1), None)
+
+
+def _node(leaf: str | Applied, index: Mapping[str, int], base: str) -> Node:
     if isinstance(leaf, str):
         return index[leaf]
-    models = tuple(compile_mix(model, index) for model in leaf.models)
+    models = tuple(compile_mix(model, index, base) for model in leaf.models)
     return Apply(leaf.method, models, leaf.scalars)
 
 

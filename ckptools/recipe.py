@@ -7,6 +7,7 @@ Opens no model file and knows no tensor names.
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +37,10 @@ _SIZE_FACTORS = {
 }  # fmt: skip
 _TRUE = {"true", "yes", "on"}
 _FALSE = {"false", "no", "off"}
-_RESERVED = {"default", "mbw"}
+_YAML_TAGS = {
+    f"tag:yaml.org,2002:{word}"
+    for word in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ _NUMBER: dict[str, object] = {"type": "number"}
 _FLAG: dict[str, object] = {"type": "boolean"}
 _DTYPE: dict[str, object] = {"enum": ["keep", *RECIPE_DTYPES]}
 _NAMED: dict[str, object] = {"pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}
-_SHA256_SCHEMA: dict[str, object] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_SHA256_SCHEMA: dict[str, object] = {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}
 
 
 def _object(keys: Mapping[str, Key]) -> dict[str, object]:
@@ -192,8 +196,7 @@ TOP_KEYS: dict[str, Key] = {
                         properties={
                             "mbw": {
                                 "description": "Merge block weighted: BASE, IN, M, OUT (26 or 20).",
-                                "type": "array",
-                                "items": _NUMBER,
+                                "anyOf": [{"type": "array", "items": _NUMBER}, _TEXT],
                             }
                         },
                     ),
@@ -251,16 +254,22 @@ class _Reader:
         """Key -> (key node, value node); duplicate and non-text keys are errors."""
         if not isinstance(node, yaml.MappingNode):
             self.error(
-                node, f"{what} must be a mapping, it is {_shape(node)}", f"write `{what}: …`"
+                node,
+                f"{what} must be a mapping, it is {_shape(node)}",
+                f"write lines `key: value` below {what}",
             )
             return {}
         found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self.error(key, f"a key of {what} must be plain text")
+                self.error(key, f"a key of {what} must be plain text", "write `name: value`")
             elif key.value in found:
                 first = found[key.value][0].start_mark.line + 1
-                self.error(key, f"{key.value!r} is given twice (first in line {first})")
+                self.error(
+                    key,
+                    f"{key.value!r} is given twice (first in line {first})",
+                    "keep one of the two",
+                )
             else:
                 found[key.value] = (key, value)
         return found
@@ -279,7 +288,10 @@ class _Reader:
 
     def text(self, node: yaml.Node, what: str) -> str | None:
         if not isinstance(node, yaml.ScalarNode) or _is_null(node) or not node.value.strip():
-            self.error(node, f"{what} must be text, it is {_shape(node)}")
+            self.error(node, f"{what} must be text, it is {_shape(node)}", "give it a value")
+            return None
+        if "\0" in node.value:
+            self.error(node, f"{what} has a null character: {node.value!r}", "remove it")
             return None
         return str(node.value)
 
@@ -289,22 +301,27 @@ class _Reader:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else _shape(node)
-            self.error(node, f"{what} must be a number, it is {shown}")
+            self.error(node, f"{what} must be a number, it is {_shape(node)}", "such as 0.5")
             return None
         return value
 
     def whole(self, node: yaml.Node, what: str, maximum: int) -> int | None:
         text = node.value.replace("_", "") if isinstance(node, yaml.ScalarNode) else ""
         if not re.fullmatch(r"\d{1,20}", text) or int(text) > maximum:
-            self.error(node, f"{what} must be a whole number from 0 to {maximum}, it is {text!r}")
+            self.error(
+                node,
+                f"{what} must be a whole number from 0 to {maximum}, it is {_shape(node)}",
+                "such as 42",
+            )
             return None
         return int(text)
 
     def flag(self, node: yaml.Node, what: str) -> bool:
         word = node.value.lower() if isinstance(node, yaml.ScalarNode) else ""
         if word not in _TRUE | _FALSE:
-            self.error(node, f"{what} must be true or false, it is {_shape(node)}")
+            self.error(
+                node, f"{what} must be true or false, it is {_shape(node)}", "write true or false"
+            )
         return word in _TRUE
 
     def attempt(self, action: Callable[[], T]) -> T | None:
@@ -332,20 +349,52 @@ def _shape(node: yaml.Node) -> str:
     return repr(node.value) if not _is_null(node) else "empty"
 
 
+_QUOTE_GLOBS = 'a glob that begins with * is written in quotes: "*attn2*": 0.5'
+# What PyYAML says of common mistakes, and what to do about them.
+_YAML_HINTS = {
+    "scanning an alias": _QUOTE_GLOBS,
+    "undefined alias": _QUOTE_GLOBS,
+    "single document": "one recipe to a file: remove the `---` line and what follows it",
+    "\\t": "indent with spaces",
+    "mapping values are not allowed": "is there a space after `:`, and is the indent right?",
+}
+
+
 def _compose(text: str, name: str) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"not YAML: {exc.problem or exc.context}", where=where) from exc
+        said = f"{exc.context or ''} {exc.problem or ''}".strip()
+        fix = next((hint for words, hint in _YAML_HINTS.items() if words in said), "")
+        raise RecipeError(f"not YAML: {said}", where=where, fix=fix) from exc
     except yaml.YAMLError as exc:
-        raise RecipeError(f"not YAML: {str(exc).splitlines()[0]}", where=name) from exc
+        said = str(exc).splitlines()[0]
+        raise RecipeError(f"not YAML: {said}", where=name, fix="give a text file") from exc
     except RecursionError as exc:
         raise RecipeError("nested too deeply", where=name) from exc
     if node is None:
-        raise RecipeError("the recipe is empty", where=name, fix="see recipes/ for examples")
+        raise RecipeError("the recipe is empty", where=name, fix="begin with `ckptools: 1`")
     return node
+
+
+def _check_tags(reader: _Reader, root: yaml.Node) -> None:
+    """Refuse `!tags`: nothing here gives them a meaning, and none is executed."""
+    seen: set[int] = set()  # an alias may make a node its own child
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.tag not in _YAML_TAGS:
+            shown = node.tag.replace("tag:yaml.org,2002:", "!!")
+            reader.error(node, f"the tag {shown!r} has no meaning here", "remove it")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
 
 
 # --- the recipe --------------------------------------------------------------------------------
@@ -358,13 +407,16 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
     Raises `RecipeError` or `ManyErrors` with every mistake, each with file:line and a fix.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_RECIPE_BYTES + 1)
     except OSError as exc:
         raise RecipeError(
             f"the recipe cannot be read: {exc.strerror}", where=str(path), fix="check the path"
         ) from exc
     if len(raw) > MAX_RECIPE_BYTES:
-        raise RecipeError("a recipe of more than 1 MB: is it a model?", where=str(path))
+        raise RecipeError(
+            "a recipe of more than 1 MB: is it a model?", where=str(path), fix="give a .yaml file"
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -378,6 +430,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     """As `load_recipe`, for text in hand; `path` names it and anchors relative paths."""
     reader = _Reader(str(path))
     root = _compose(text, reader.name)
+    _check_tags(reader, root)
     keys = reader.known(root, "the recipe", TOP_KEYS)
     _check_version(reader, keys.get("ckptools"))
     for name in _LATER:
@@ -388,17 +441,20 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     output = _output(reader, keys.get("output"))
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
     compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
+    strict = "strict" in keys and reader.flag(keys["strict"], "strict")
+    allow_nonfinite = "allow_nonfinite" in keys and reader.flag(
+        keys["allow_nonfinite"], "allow_nonfinite"
+    )
+    base = _model_name(reader, keys.get("base"), "base", models)
+    take = _take(reader, keys.get("take"), models)
     scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
     scope = _lets(reader, keys.get("let"), scope)
     merge = _formula(reader, keys.get("merge"), "merge", scope)
     if merge is not None and (kind := reader.attempt(partial(check_formula, merge, scope))):
         _check_result(reader, merge, kind)
-    raise_all(reader.errors)  # the rest leans on names and types that hold
+    raise_all(_in_file_order(reader.errors))  # the rest leans on names and types that hold
     if merge is None or output is None:
         raise AssertionError("a missing key is an error above")
-    base = _model_name(reader, keys.get("base"), "base", models)
-    take = _take(reader, keys.get("take"), models)
-    raise_all(reader.errors)
     return Recipe(
         path=path,
         models=MappingProxyType(models),
@@ -408,15 +464,24 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         base=base or base_model(merge, scope),
         take=MappingProxyType(take),
         output=output,
-        strict="strict" in keys and reader.flag(keys["strict"], "strict"),
-        allow_nonfinite="allow_nonfinite" in keys
-        and reader.flag(keys["allow_nonfinite"], "allow_nonfinite"),
+        strict=strict,
+        allow_nonfinite=allow_nonfinite,
         seed=seed or 0,
         scope=scope,
         compat=compat or "",
         compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
         warnings=_unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models),
     )
+
+
+def _in_file_order(errors: Sequence[CkptError]) -> list[CkptError]:
+    """Errors by line: as one mends them."""
+
+    def line(error: CkptError) -> int:
+        found = re.search(r":(\d+)(?:$|, column)", error.where)
+        return int(found[1]) if found else 0
+
+    return sorted(errors, key=line)
 
 
 def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
@@ -448,6 +513,8 @@ def _identifier(reader: _Reader, key: yaml.Node, name: str, what: str) -> None:
             f"{name!r} cannot be the name of a {what}",
             "use letters, digits and _; it stands in formulas",
         )
+    elif keyword.iskeyword(name):
+        reader.error(key, f"{name!r} cannot be the name of a {what}", "Python reserves this word")
     elif name in load_methods():
         reader.error(key, f"{name!r} is the name of a method", f"give the {what} another name")
 
@@ -477,6 +544,8 @@ def _models(reader: _Reader, node: yaml.Node | None) -> dict[str, ModelRef]:
             )
         elif "revision" in fields:
             reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
+        if "config" in fields:
+            reader.error(fields["config"], "`config` is not in this version", "remove `config:`")
         models[name] = ModelRef(name, path, sha256, reader.where(key))
     if not models and isinstance(node, yaml.MappingNode):
         reader.error(node, "no models", "add `A: path/to/model.safetensors`")
@@ -549,7 +618,9 @@ def _numbers(reader: _Reader, node: yaml.Node, what: str) -> tuple[float, ...]:
     elif isinstance(node, yaml.SequenceNode):
         nodes = node.value
     else:
-        reader.error(node, f"{what} must be a list of numbers, it is {_shape(node)}")
+        reader.error(
+            node, f"{what} must be a list of numbers, it is {_shape(node)}", "such as [0.5, 0.5, …]"
+        )
         return ()
     return tuple(reader.number(item, what) or 0.0 for item in nodes)
 
@@ -675,9 +746,11 @@ def _unused(
 ) -> tuple[str, ...]:
     """A name that nothing uses is often a typo somewhere else."""
     used = {word.id for word in names_in(merge.tree)}
-    for formula in scope.lets.values():
-        used |= {word.id for word in names_in(formula.tree)}
-    unused = [(p.where, f"parameter {name!r}") for name, p in params.items() if name not in used]
+    for name, formula in reversed(list(scope.lets.items())):  # a `let` may use those above it
+        if name in used:
+            used |= {word.id for word in names_in(formula.tree)}
+    unused = [(f.where, f"let {name!r}") for name, f in scope.lets.items() if name not in used]
+    unused += [(p.where, f"parameter {name!r}") for name, p in params.items() if name not in used]
     unused += [
         (model.where, f"model {name!r}")
         for name, model in models.items()

@@ -28,10 +28,9 @@ _WIDTH_OF_PIPES = 110
 
 
 def safe(text: str) -> str:
-    """Text that cannot move the cursor: control characters as \\x1b and the like."""
+    """One line that cannot move the cursor: control characters as \\x1b, \\n and the like."""
     return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
@@ -46,8 +45,12 @@ def gigabytes(nbytes: float) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1, and `cli` says how to exit
+
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
+    return PipeConsole(
         file=stream,
         highlight=False,
         markup=False,
@@ -57,23 +60,38 @@ def _console(*, stderr: bool = False) -> Console:
     )
 
 
-def _table(*columns: str, numbers: Sequence[int] = ()) -> Table:
+def _table(*columns: str, numbers: Sequence[int] = (), wide: Sequence[int] = ()) -> Table:
+    """An empty table.
+
+    numbers  columns that are set to the right
+    wide     columns that take several lines where the terminal is narrow; default: the last
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for position, column in enumerate(columns):
-        right, last = position in numbers, position == len(columns) - 1
+        folds = position in (wide or [len(columns) - 1])
         table.add_column(
-            column, justify="right" if right else "left", no_wrap=not last, overflow="fold"
+            column,
+            justify="right" if position in numbers else "left",
+            no_wrap=not folds,
+            overflow="fold",
         )
     return table
 
 
-def _row(table: Table, *cells: str) -> None:
+def _row(table: Table, *cells: str | list[str]) -> None:
+    """Add a row; a list is a cell of several lines."""
     from rich.text import Text
 
-    table.add_row(*(Text(safe(cell)) for cell in cells))
+    lines = ([cell] if isinstance(cell, str) else cell for cell in cells)
+    table.add_row(*(Text("\n".join(map(safe, cell))) for cell in lines))
+
+
+def _show_table(table: Table) -> None:
+    # long cells are folded; with the console's soft_wrap they would be cut off
+    _console().print(table, soft_wrap=False)
 
 
 # --- JSON and errors ---------------------------------------------------------------------------
@@ -105,7 +123,8 @@ def show_error(error: CkptError) -> None:
         text.append("error: ", style="bold red")
         if one.where:
             text.append(f"{safe(one.where)}: ")
-        text.append(safe(one.what), style="bold")
+        # a formula is shown over several lines
+        text.append("\n".join(map(safe, one.what.split("\n"))), style="bold")
         if one.fix:
             text.append("\n  fix: ", style="green")
             text.append(safe(one.fix))
@@ -196,12 +215,11 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
 
     details  also list every tensor that is not merged, with its reason
     """
-    console = _console()
     models = _table("model", "file", "what", "size", numbers=(3,))
     for source in plan.sources:
         size = gigabytes(source.checkpoint.file_bytes)
         _row(models, source.name, source.checkpoint.path.name, source.title, size)
-    console.print(models)
+    _show_table(models)
     table = _table("component", "merged", "copied", "cast", "carried", "size", "stored as",
                    "formula", numbers=(1, 2, 3, 4, 5))  # fmt: skip
     for component, steps in _by_component(plan).items():
@@ -211,7 +229,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         dtypes = " ".join(sorted({step.spec.dtype for step in steps}))
         size = gigabytes(sum(step.spec.nbytes for step in steps))
         _row(table, component, *cells, size, dtypes, _forms_text(steps))
-    console.print(table)
+    _show_table(table)
     show_line(
         f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.output_bytes)} "
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
@@ -222,30 +240,28 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
     for warning in plan.warnings:
         show_line(f"warning: {warning}")
     if details:
-        _show_unmerged(plan, console)
+        _show_unmerged(plan)
 
 
-def _show_unmerged(plan: Plan, console: Console) -> None:
-    table = _table("tensor", "stored as", "what", "why")
-    for step in plan.steps:
+def _show_unmerged(plan: Plan) -> None:
+    for step in plan.steps:  # lines, not a table: long names are searched for and copied
         if step.action != "merged":
-            _row(table, step.spec.name, str(step.spec), step.action, step.why)
-    console.print(table)
+            show_line(f"{step.action}: {step.spec.name}, {step.spec}: {step.why}")
     for model, names in plan.dropped.items():
         for name in names:
             show_line(f"left out: {name} of {model}")
 
 
-def _forms_text(steps: Sequence[Step]) -> str:
+def _forms_text(steps: Sequence[Step]) -> list[str]:
     forms = _forms(steps)
     if not forms:
         reasons = _reasons(steps)
-        return reasons[0][0] if reasons else ""
+        return [reasons[0][0]] if reasons else []
     if len(forms) == 1:
-        return forms[0][0]
+        return [forms[0][0]]
     shown = [f"{form}  for {count:,}" for form, count in forms[:_COMMON_FORMS]]
     rest = len(forms) - _COMMON_FORMS
-    return "\n".join([*shown, f"… {rest} more"] if rest > 0 else shown)
+    return [*shown, f"… {rest} more"] if rest > 0 else shown
 
 
 # --- explain -----------------------------------------------------------------------------------
@@ -437,8 +453,9 @@ def families_json(families: Mapping[str, Family]) -> list[dict[str, object]]:
 
 def show_families(families: Mapping[str, Family]) -> None:
     """A table of what can be recognised."""
-    table = _table("family", "what", "kind", "variants", "components", "blocks", numbers=(5,))
+    table = _table("family", "what", "kind", "variants", "components", "blocks", numbers=(5,),
+                   wide=(3, 4))  # fmt: skip
     for family in families.values():
         _row(table, family.id, family.title, family.kind, " ".join(family.variants),
              " ".join(family.components), str(len(family.blocks) or "·"))  # fmt: skip
-    _console().print(table)
+    _show_table(table)

@@ -7,7 +7,7 @@ Exit codes: 0 done · 1 a check failed · 2 wrong usage, recipe or I/O · 3 refu
 from __future__ import annotations
 
 import importlib
-import os
+import io
 import signal
 import sys
 from types import FrameType
@@ -72,10 +72,11 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
-    as_json = "--json" in arguments
     command = next((word for word in arguments if not word.startswith("-")), "")
+    as_json = bool(command) and "--json" in arguments
     try:
         result = group.main(args=arguments, prog_name="ckptools", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -85,9 +86,12 @@ def run(arguments: list[str]) -> int:
         return _usage_error(exc, command, as_json=as_json)
     except CkptError as exc:
         return _show(exc, command, as_json=as_json)
-    except BrokenPipeError:  # `ckptools … | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nothing is left to flush to
+    except (BrokenPipeError, SystemExit):  # `ckptools … | head`; click exits where it meets one
+        sys.stdout = io.StringIO()  # nothing is left to flush to
         return 0
+    except OSError as exc:  # a disk that fails, a name that is too long
+        error = CkptError(exc.strerror or str(exc), where=str(exc.filename or ""))
+        return _show(error, command, as_json=as_json)
     return result if isinstance(result, int) else 0
 
 

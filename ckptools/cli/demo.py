@@ -24,7 +24,8 @@ def command(folder: Path) -> None:
 
     recipe = demo_recipe(folder)
     report.show_line(f"recipe: {recipe.path}")
-    report.show_line(recipe.path.read_text(encoding="utf-8"))
+    for line in recipe.path.read_text(encoding="utf-8").splitlines():
+        report.show_line(line)
     with planned(recipe, threads=2, force=True) as plan:
         report.show_plan(plan)
         report.show_explanation(plan, find_step(plan, "*output_blocks.5.1*attn2.to_k.weight"))

@@ -64,6 +64,8 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
         return loaded
     if output.suffix != ".safetensors":
         raise RecipeError(
-            f"the output {str(output)!r} does not end in .safetensors", where="--output"
+            f"the output {str(output)!r} does not end in .safetensors",
+            where="--output",
+            fix=f"write {str(output) + '.safetensors'!r}",
         )
     return replace(loaded, output=replace(loaded.output, path=str(output.absolute())))

@@ -1,0 +1,50 @@
+"""Fixtures that every test file may use; the functions behind them are in `models.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from models import shrunk, write_model
+
+torch.set_num_threads(1)
+settings.register_profile("ckptools", derandomize=True, deadline=None, database=None)
+settings.load_profile("ckptools")
+
+# The only reasons for which a test may be skipped where CI runs everything it can.
+MAY_SKIP = ("no CUDA device", "root may ", "needs root to mount")
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if not reason.startswith(MAY_SKIP):
+            _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") and _skipped:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("CI") and _skipped:
+        terminalreporter.section("skipped, and CI does not allow it")
+        for line in _skipped:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def sd1_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Three narrow SD1 files (F16, 2 MB each) in one folder, named A, B and C. Do not change."""
+    folder = tmp_path_factory.mktemp("sd1")
+    specs = shrunk("sd1")
+    one, two, three = (
+        write_model(folder / f"{name}.safetensors", specs, seed=seed)
+        for seed, name in enumerate("ABC", 1)
+    )
+    return one, two, three

@@ -1,0 +1,543 @@
+"""The command line: exit codes, what goes where, the JSON contract, errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from models import shrunk, write_model, write_tensors
+
+from ckptools import report, workflow
+from ckptools.cli import group, main, run
+from ckptools.errors import ManyErrors, NonFiniteError, RecipeError, UnsafeError
+
+COMMANDS = tuple(group.list_commands(click.Context(group)))
+Captured = pytest.CaptureFixture[str]
+ESCAPE = "\x1b[2J\x1b[31m"
+HOSTILE = f"{ESCAPE}[red]w[/red]\r\x07\u202e\nwarning: all is well"
+
+
+@pytest.fixture
+def recipe(sd1_models: tuple[Path, Path, Path], tmp_path: Path) -> Path:
+    """A recipe of three SD1 models, in the test's own folder."""
+    names = [f"  {name}: {path}" for name, path in zip("ABC", sd1_models, strict=True)]
+    return write_recipe(
+        tmp_path / "recipe.yaml",
+        "models:", *names, "params: {M: 0.5}", "merge: A + (B - C) * M",
+        "output: {path: out.safetensors}",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A recipe over files whose names of tensors and metadata are made to move the cursor."""
+    tensors = {HOSTILE: torch.ones(2), "[bold]n[/bold]\x1b]0;x\x07": torch.tensor([1])}
+    write_tensors(tmp_path / "a.safetensors", tensors, {HOSTILE: HOSTILE, "format": "pt"})
+    write_tensors(tmp_path / "b.safetensors", {**tensors, "x\x1b[0m": torch.ones(1)})
+    return write_recipe(
+        tmp_path / "recipe.yaml",
+        "models: {A: a.safetensors, B: b.safetensors}", "merge: A * 0.5 + B * 0.5",
+        "output: {path: out.safetensors}",
+    )  # fmt: skip
+
+
+def write_recipe(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(["ckptools: 1", *lines, ""]), encoding="utf-8")
+    return path
+
+
+def json_of(captured: Captured, command: str) -> dict:
+    """The one JSON document on stdout."""
+    document = json.loads(captured.readouterr().out)
+    assert document["schema"] == f"ckptools.{command}/1"
+    return document
+
+
+def started(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m ckptools …`, as a shell runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "ckptools", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=cwd, encoding="utf-8",
+    )  # fmt: skip
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_shows_an_example_that_parses(command: str, capsys: Captured) -> None:
+    assert len(COMMANDS) >= 7
+    code = run([command, "--help"] if command else ["--help"])
+    shown = capsys.readouterr().out
+    examples = [line.split() for line in shown.splitlines() if line.startswith("    ckptools ")]
+
+    assert code == 0
+    assert "Example" in shown
+    assert examples
+    for example in examples:
+        assert example[1] in COMMANDS
+        assert command in ("", example[1])
+
+
+def test_help_lists_every_command(capsys: Captured) -> None:
+    assert run(["--help"]) == 0
+
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in COMMANDS)
+
+
+def test_version(capsys: Captured) -> None:
+    assert run(["--version"]) == 0
+
+    assert capsys.readouterr().out.startswith("ckptools 0.")
+
+
+# --- plan and explain --------------------------------------------------------------------------
+
+
+def test_plan_as_json_has_the_contract_s_keys(recipe: Path, capsys: Captured) -> None:
+    assert run(["plan", str(recipe), "--json"]) == 0
+
+    plan = json_of(capsys, "plan")
+    assert plan["tensors"] == {"merged": 1130, "carried": 1, "copied": 0, "cast": 0}
+    assert plan["output_bytes"] == sum(part["bytes"] for part in plan["components"].values())
+    assert plan["read_bytes"] > plan["output_bytes"]
+    assert plan["peak_bytes"] > 100_000_000
+    assert plan["warnings"] == []
+    assert plan["components"]["unet"]["forms"] == {"A + 0.5*B - 0.5*C": 686}
+
+
+def test_plan_shows_models_components_sizes_and_warnings(recipe: Path, capsys: Captured) -> None:
+    recipe.write_text(recipe.read_text().replace("A + (B - C) * M", "A + B * M"))
+    assert run(["plan", str(recipe)]) == 0
+
+    shown = capsys.readouterr()
+    assert "Stable Diffusion 1.x" in shown.out
+    assert "A + 0.5*B" in shown.out
+    assert "warning: the coefficients add up to 1.5, not 1, for 1,130 tensors" in shown.out
+    assert f"output: {recipe.parent / 'out.safetensors'}" in shown.out
+    assert shown.err == ""
+
+
+def test_plan_details_list_what_is_not_merged(
+    recipe: Path, capsys: Captured, tmp_path: Path
+) -> None:
+    extra = {"odd\x1b.name": torch.ones(1)}
+    other = write_model(tmp_path / "x.safetensors", shrunk("sd1"), seed=4, edits=extra)
+    lines = recipe.read_text().replace("params:", f"  X: {other}\nparams:")
+    recipe.write_text(lines.replace("merge: A + (B - C) * M", "merge: A + (B - C) * M + X - X"))
+    assert run(["plan", str(recipe), "--details", "--set", "M=0"]) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.count("the formula is A here") >= 1130
+    assert "position ids are never averaged" in shown
+    assert "left out: odd\\x1b.name of X" in shown
+
+
+def test_plan_of_an_existing_output_is_no_error(recipe: Path) -> None:
+    (recipe.parent / "out.safetensors").write_bytes(b"here")
+
+    assert run(["plan", str(recipe)]) == 0
+
+
+def test_explain_names_the_line_that_set_each_number(recipe: Path, capsys: Captured) -> None:
+    tensor = "*middle_block.1*attn2.to_k.weight"
+    assert run(["explain", str(recipe), tensor, "--json"]) == 0
+    explained = json_of(capsys, "explain")
+    assert run(["explain", str(recipe), tensor]) == 0
+    shown = capsys.readouterr().out
+
+    assert explained["action"] == "merged"
+    assert explained["formula"] == "A + (B - C) * M"
+    assert explained["with_numbers"] == "A + 0.5*B - 0.5*C"
+    assert explained["block"] == "M00"
+    assert explained["params"]["M"] == {
+        "value": 0.5, "selector": "default", "where": f"{recipe}:6",
+    }  # fmt: skip
+    assert [read["model"] for read in explained["reads"]] == ["A", "B", "C"]
+    assert f"M = 0.5, set by 'default' at {recipe}:6" in shown
+    assert "here:    A + 0.5*B - 0.5*C" in shown
+
+
+def test_set_is_shown_as_the_place_of_a_number(recipe: Path, capsys: Captured) -> None:
+    assert run(["explain", str(recipe), "*time_embed.0.weight", "--set", "M=1e-1"]) == 0
+
+    assert "M = 0.1, set by 'default' at --set" in capsys.readouterr().out
+
+
+def test_explain_of_an_unknown_tensor(recipe: Path, capsys: Captured) -> None:
+    assert run(["explain", str(recipe), "nothing"]) == 2
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "error: no tensor 'nothing' in the output" in shown.err
+    assert "fix: " in shown.err
+
+
+# --- merge -------------------------------------------------------------------------------------
+
+
+def test_merge_as_json_has_the_contract_s_keys(recipe: Path, capsys: Captured) -> None:
+    assert run(["merge", str(recipe), "--json", "--threads", "1"]) == 0
+
+    merged = json_of(capsys, "merge")
+    assert merged["output"] == str(recipe.parent / "out.safetensors")
+    assert Path(merged["manifest"]).is_file()
+    assert len(merged["sha256_data"]) == 64
+    assert merged["seconds"] > 0
+    assert merged["peak_bytes"] > 0
+    assert merged["verified"]["finite"] is True
+    assert merged["verified"]["recomputed"] > 0
+
+
+def test_merge_says_what_it_did_on_stdout_and_its_progress_on_stderr(
+    recipe: Path, capsys: Captured
+) -> None:
+    assert run(["merge", str(recipe)]) == 0
+
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"wrote {recipe.parent / 'out.safetensors'} (")
+    assert "tensors: 1,130 merged, 1 carried" in shown.out
+    assert "all values finite" in shown.out
+    assert "A + (B - C) * M" in shown.err
+
+
+def test_quiet_says_nothing(recipe: Path, capsys: Captured) -> None:
+    assert run(["merge", str(recipe), "-q"]) == 0
+
+    assert capsys.readouterr() == ("", "")
+    assert (recipe.parent / "out.safetensors").is_file()
+
+
+def test_quiet_still_prints_the_json_that_was_asked_for(recipe: Path, capsys: Captured) -> None:
+    assert run(["merge", str(recipe), "-q", "--json"]) == 0
+
+    assert json_of(capsys, "merge")["verified"]["finite"] is True
+
+
+def test_an_existing_output_needs_force(recipe: Path, capsys: Captured) -> None:
+    output = recipe.parent / "out.safetensors"
+    output.write_bytes(b"old")
+    refused = run(["merge", str(recipe)])
+    shown = capsys.readouterr()
+    kept = output.read_bytes()
+
+    assert (refused, kept) == (2, b"old")
+    assert "fix: use --force" in shown.err
+    assert run(["merge", str(recipe), "--force", "-q"]) == 0
+    assert output.stat().st_size > 1_000_000
+
+
+def test_output_and_set_change_the_run_not_the_recipe(
+    recipe: Path, capsys: Captured, tmp_path: Path
+) -> None:
+    before = recipe.read_bytes()
+    other = tmp_path / "other.safetensors"
+    assert run(["merge", str(recipe), "-o", str(other), "--set", "M=0", "--json"]) == 0
+
+    merged = json_of(capsys, "merge")
+    assert merged["output"] == str(other)
+    assert merged["tensors"] == {"merged": 0, "carried": 1, "copied": 1130, "cast": 0}
+    assert not (tmp_path / "out.safetensors").exists()
+    assert recipe.read_bytes() == before
+
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+def test_methods_and_families_are_listed_both_ways(capsys: Captured) -> None:
+    assert run(["methods", "--json"]) == 0
+    methods = json_of(capsys, "methods")["methods"]
+    assert run(["methods"]) == 0
+    shown_methods = capsys.readouterr().out
+    assert run(["families", "--json"]) == 0
+    families = json_of(capsys, "families")["families"]
+    assert run(["families"]) == 0
+    shown_families = capsys.readouterr().out
+
+    assert {"slerp", "ties", "weighted_sum"} <= {method["name"] for method in methods}
+    assert all(m["name"] in shown_methods and m["formula"] in shown_methods for m in methods)
+    assert {"sd1", "sd2", "sdxl"} <= {family["id"] for family in families}
+    assert all(f["id"] in shown_families and f["kind"] in shown_families for f in families)
+    sdxl = next(family for family in families if family["id"] == "sdxl")
+    assert (len(sdxl["blocks"]), sdxl["blocks"][0]) == (20, "BASE")
+
+
+def test_schema_is_json(capsys: Captured) -> None:
+    assert run(["schema"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["title"] == "ckptools recipe"
+
+
+# --- wrong usage -------------------------------------------------------------------------------
+
+WRONG = [
+    (["merge"], "Missing argument 'RECIPE'"),
+    (["mereg", "r.yaml"], "No such command 'mereg'"),
+    (["plan", "RECIPE", "--set", "M"], "'M' is not NAME=NUMBER"),
+    (["plan", "RECIPE", "--set", "M=nan"], "'M=nan' is not NAME=NUMBER"),
+    (["plan", "RECIPE", "--set", "=1"], "'=1' is not NAME=NUMBER"),
+    (["plan", "RECIPE", "--set", "Q=1"], "--set names the unknown parameter 'Q'"),
+    (["plan", "RECIPE", "--colour"], "No such option"),
+    (["merge", "RECIPE", "--threads", "0"], "0 is not in the range"),
+    (["merge", "RECIPE", "-o", "out.ckpt"], "does not end in .safetensors"),
+    (["plan", "none.yaml"], "the recipe cannot be read"),
+    (["plan", "."], "is a directory"),
+    (["merge", "RECIPE", "-o", "x" * 300 + ".safetensors"], "File name too long"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_usage_exits_with_2_and_says_why(
+    arguments: list[str], message: str, recipe: Path, capsys: Captured
+) -> None:
+    words = [str(recipe) if word == "RECIPE" else word for word in arguments]
+    assert run(words) == 2
+    shown = capsys.readouterr()
+    assert run([*words, "--json"]) == 2
+    error = json_of(capsys, words[0])["error"]
+
+    assert shown.out == ""
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert message in error["message"]
+    assert list(error)[:4] == ["code", "message", "where", "fix"]
+
+
+def test_no_arguments_show_the_help(capsys: Captured) -> None:
+    assert run([]) == 2
+
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_a_recipe_s_mistakes_are_shown_each_with_place_and_fix(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    path = write_recipe(tmp_path / "r.yaml", "models: {A: a}", "merje: A", "output: {path: o}")
+    assert run(["plan", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert run(["plan", str(path), "--json"]) == 2
+    error = json_of(capsys, "plan")["error"]
+
+    assert shown.out == ""
+    assert shown.err.count("error: ") == 3
+    assert f"error: {path}:3: unknown key 'merje' in the recipe\n  fix: did you" in shown.err
+    assert error["code"] == "recipe"
+    assert error["where"] == f"{path}:1"
+    assert len(error["others"]) == 2
+    assert {tuple(other) for other in error["others"]} == {("code", "message", "where", "fix")}
+
+
+def test_the_caret_of_a_formula_stands_below_its_column(tmp_path: Path, capsys: Captured) -> None:
+    path = write_recipe(
+        tmp_path / "r.yaml", "models: {A: a}", "merge: A + Q", "output: {path: o.safetensors}"
+    )
+    assert run(["plan", str(path)]) == 2
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].index("Q") == lines[2].index("^")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RecipeError("r"), 2),
+        (NonFiniteError("n"), 1),
+        (UnsafeError("u"), 3),
+        (ManyErrors([RecipeError("one"), RecipeError("two")]), 2),
+        (KeyboardInterrupt(), 130),
+        (click.Abort(), 130),
+        (BrokenPipeError(), 0),
+        (OSError(28, "No space left on device"), 2),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(workflow, "merge", fail)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a broken pipe replaces it
+
+    assert run(["merge", str(recipe), "-q"]) == code
+    assert (capsys.readouterr().err == "") == (code == 0)
+
+
+def test_a_bug_shows_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(workflow, "merge", fail)
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run(["merge", str(recipe), "-q"])
+
+
+def test_main_exits_with_the_code_and_turns_sigterm_into_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["ckptools", "families", "--json"])
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert caught.value.code == 0
+
+
+# --- hostile text ------------------------------------------------------------------------------
+
+
+def is_harmless(shown: str) -> bool:
+    return all(char == "\n" or char.isprintable() for char in shown)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "RECIPE", "--details"],
+        ["explain", "RECIPE", "*red*"],
+        ["explain", "RECIPE", "none"],
+        ["explain", "RECIPE", "*"],
+        ["merge", "RECIPE"],
+    ],
+)
+def test_hostile_names_reach_the_terminal_escaped(
+    arguments: list[str], hostile: Path, capsys: Captured
+) -> None:
+    run([str(hostile) if word == "RECIPE" else word for word in arguments])
+
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert is_harmless(text)
+    assert not any(line.startswith("warning: all is well") for line in text.splitlines())
+    if arguments[0] == "explain" and arguments[-1] == "*red*":
+        assert "\\x1b[2J\\x1b[31m[red]w[/red]\\r\\x07\\u202e\\nwarning: all is well" in text
+    if "--details" in arguments:
+        assert "left out: x\\x1b[0m of B" in text
+        assert "[bold]n[/bold]\\x1b]0;x\\x07" in text
+
+
+def test_hostile_names_are_intact_in_json(hostile: Path, capsys: Captured) -> None:
+    assert run(["explain", str(hostile), "*red*", "--json"]) == 0
+    raw = capsys.readouterr().out
+
+    assert is_harmless(raw)
+    assert json.loads(raw)["tensor"] == HOSTILE
+
+
+def test_a_hostile_name_in_an_error_is_escaped(hostile: Path, capsys: Captured) -> None:
+    write_tensors(hostile.parent / "b.safetensors", {HOSTILE: torch.ones(3)})
+    assert run(["plan", str(hostile)]) == 2
+    shown = capsys.readouterr().err
+    assert run(["plan", str(hostile), "--json"]) == 2
+    error = json_of(capsys, "plan")["error"]
+
+    assert is_harmless(shown)
+    assert "\\nwarning: all is well: A is [2], B is [3]" in shown
+    assert error["where"] == HOSTILE
+
+
+def test_markup_in_a_recipe_is_text(recipe: Path, capsys: Captured) -> None:
+    recipe.write_text(recipe.read_text() + "'[red]\\x1b[31m[/nope]': 1\n")
+    assert run(["plan", str(recipe)]) == 2
+
+    assert "unknown key '[red]\\\\x1b[31m[/nope]' in the recipe" in capsys.readouterr().err
+
+
+def test_safe_keeps_what_people_write() -> None:
+    assert report.safe("Ünïcode 模型 [x]") == "Ünïcode 模型 [x]"
+    assert report.safe("\x9b\x00\ud800") == "\\x9b\\x00\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [(0, "0 B"), (999, "999 B"), (2_134_000_000, "2.13 GB"), (4_500_000, "4.5 MB")],
+)
+def test_sizes_are_decimal(nbytes: int, shown: str) -> None:
+    assert report.gigabytes(nbytes) == shown
+
+
+# --- real processes ----------------------------------------------------------------------------
+
+
+def test_a_process_ends_with_the_code_and_keeps_stdout_for_data(recipe: Path) -> None:
+    done = started("merge", recipe, "--json", cwd=recipe.parent)
+    refused = started("merge", recipe, cwd=recipe.parent)
+
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["schema"] == "ckptools.merge/1"
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "exists" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_bad_values_end_a_process_with_1_and_leave_nothing(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"w": torch.tensor([1.0, float("nan")])})
+    write_tensors(tmp_path / "b.safetensors", {"w": torch.ones(2)})
+    path = write_recipe(
+        tmp_path / "r.yaml", "models: {A: a.safetensors, B: b.safetensors}",
+        "merge: A * 0.5 + B * 0.5", "output: {path: out/o.safetensors}",
+    )  # fmt: skip
+    done = started("merge", path, "--json", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "non-finite"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unsafe_file_ends_a_process_with_3(tmp_path: Path) -> None:
+    index = {"weight_map": {"w": "../../etc/passwd.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    path = write_recipe(
+        tmp_path / "r.yaml", "models: {A: m.safetensors.index.json}", "merge: A",
+        "output: {path: o.safetensors}",
+    )  # fmt: skip
+    done = started("plan", path, cwd=tmp_path)
+
+    assert done.returncode == 3
+    assert "points outside its folder" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise on Windows")
+@pytest.mark.parametrize("arguments", [["plan", "RECIPE", "--details"], ["schema"], ["methods"]])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str], recipe: Path) -> None:
+    words = [str(recipe) if word == "RECIPE" else word for word in arguments]
+    if "--details" in words:
+        words += ["--set", "M=0"]  # more than a pipe holds
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptools", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    complaint = process.stderr.read()
+    process.stderr.close()
+
+    assert process.wait(60) == 0
+    assert complaint == ""
+
+
+def test_output_is_plain_text_where_it_is_not_a_terminal(recipe: Path) -> None:
+    environment: Mapping[str, str] = {**os.environ, "COLUMNS": "40", "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptools", "plan", str(recipe)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+
+    assert "\x1b" not in done.stdout
+    assert "Stable Diffusion 1.x" in done.stdout

@@ -468,7 +468,8 @@ def test_no_room_for_the_manifest_leaves_the_old_output_and_its_manifest(
     recipe = tmp_path / "r.yaml"
     output = tmp_path / "new" / "out.safetensors"
     recipe.write_text(
-        f"ckptools: 1\nmodels: {{A: {a}, B: {b}}}\nmerge: 0.5*A + 0.5*B\noutput: {{path: {output}}}\n"
+        f"ckptools: 1\nmodels: {{A: {a}, B: {b}}}\nmerge: 0.5*A + 0.5*B\n"
+        f"output: {{path: {output}}}\n"
     )
     merge(load_recipe(recipe))
     before = {path: path.read_bytes() for path in output.parent.iterdir()}

@@ -142,7 +142,8 @@ def cut_units(tasks: Sequence[Task]) -> Iterator[Unit]:
 
     for task in tasks:
         spec = task.spec
-        if spec.nbytes <= SPAN_BYTES // 2 and not is_whole(task.program):
+        small = spec.nbytes <= SPAN_BYTES // 2 and not is_whole(task.program)
+        if small or not spec.numel:
             if gathered_bytes + spec.nbytes > SPAN_BYTES:
                 yield from flush()
             gathered.append(Piece(task, 0, spec.numel))
@@ -223,7 +224,7 @@ class Scratch:
         blocks = self._blocks.setdefault(dtype, [])
         while len(blocks) <= depth:
             blocks.append(torch.empty(BLOCK, dtype=dtype))
-        return blocks[depth][:length]
+        return blocks[depth] if length == BLOCK else blocks[depth][:length]
 
     def shrink(self) -> None:
         """Give back what whole tensors took."""
@@ -277,16 +278,12 @@ class Evaluator:
         return self._mix(mix, inputs, begin, 0)
 
     def _mix(self, mix: Mix, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
-        total = self._scratch.block(depth, self._dtype, len(inputs[0]))
-        for position, (factor, node) in enumerate(mix.terms):
-            if position == 0:
-                term = self._node(node, inputs, begin, depth, total)
-                if term is not total:
-                    total.copy_(term)
-                if factor != 1.0:
-                    total.mul_(factor)
-                continue
-            term = self._node(node, inputs, begin, depth + 1, None)
+        (first, node), *rest = mix.terms
+        total = self._node(node, inputs, begin, depth)
+        if first != 1.0:
+            total.mul_(first)
+        for factor, node in rest:
+            term = self._node(node, inputs, begin, depth + 1)
             if factor == 1.0:
                 total.add_(term)
             elif factor == -1.0:
@@ -296,14 +293,9 @@ class Evaluator:
         return total
 
     def _node(
-        self,
-        node: int | Mix | Apply,
-        inputs: Sequence[Tensor],
-        begin: int,
-        depth: int,
-        into: Tensor | None,
+        self, node: int | Mix | Apply, inputs: Sequence[Tensor], begin: int, depth: int
     ) -> Tensor:
-        """The value of a node in memory that the caller may change."""
+        """The value of a node, in the block at `depth`."""
         if isinstance(node, int):
             target = self._scratch.block(depth, self._dtype, len(inputs[0]))
             return target.copy_(inputs[node])
@@ -350,6 +342,18 @@ def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) ->
         keywords["rng"] = random
     result: Tensor = method.function(*models[:count], **keywords, **dict(node.scalars))
     return result
+
+
+def store(values: Tensor, target: Tensor) -> None:
+    """Round values to the target's dtype; what is too large becomes NaN or Inf.
+
+    Since 2.12 torch turns even Inf into 448 for float8_e4m3fn. Beyond 464 the nearest number of
+    that format is no longer 448. Source: https://github.com/pytorch/pytorch/pull/178817.
+    """
+    if target.dtype == torch.float8_e4m3fn and values.dtype != target.dtype:
+        wide = values.float() if values.element_size() == 1 else values
+        values = torch.where(wide.abs() > 464.0, math.nan, wide)
+    target.copy_(values)
 
 
 # --- finite checks -----------------------------------------------------------------------------
@@ -447,23 +451,24 @@ class Engine:
             self._check_inputs(piece.task, program.reads, inputs)
         result = as_tensor(out, piece.task.spec.dtype)
         if program.mix.terms == ((1.0, 0),):
-            result.copy_(inputs[0])
+            store(inputs[0], result)
             return
         evaluator = Evaluator(scratch, torch_dtype(program.precision), self._random(piece.task))
-        for low in range(0, length, BLOCK):
-            high = min(low + BLOCK, length)
-            block = [tensor[low:high] for tensor in inputs]
-            result[low:high].copy_(evaluator.block(program.mix, block, piece.begin + low))
+        blocks = zip(*(tensor.split(BLOCK) for tensor in inputs), strict=True)
+        begin = piece.begin
+        for target, block in zip(result.split(BLOCK), blocks, strict=True):
+            store(evaluator.block(program.mix, block, begin), target)
+            begin += BLOCK
 
     def _fill_whole(self, task: Task, out: NDArray[np.uint8]) -> None:
         program = task.program
         result = as_tensor(out, task.spec.dtype).view(task.spec.shape)
         if isinstance(program, Compute):
-            result.copy_(self._whole_result(task, program, None).view(task.spec.shape))
+            store(self._whole_result(task, program, None).view(task.spec.shape), result)
         elif isinstance(program, Widen):
             channels = program.channels
-            result.copy_(self._load(program.extra))
-            result[:, :channels].copy_(self._whole_result(task, program.common, channels))
+            store(self._load(program.extra), result)
+            store(self._whole_result(task, program.common, channels), result[:, :channels])
 
     def _whole_result(self, task: Task, program: Compute, channels: int | None) -> Tensor:
         inputs = [self._load(read) for read in program.reads]
@@ -485,8 +490,10 @@ class Engine:
         """Methods with comparisons can swallow a NaN, so theirs are looked for beforehand."""
         if self._settings.allow_nonfinite:
             return
-        if any(not bool(torch.isfinite(tensor.float()).all()) for tensor in inputs):
-            raise self._nonfinite_error(task, 0)
+        for tensor in inputs:
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(torch.isfinite(wide).all()):
+                raise self._nonfinite_error(task, 0)
 
     def _check(self, piece: Piece, out: NDArray[np.uint8]) -> None:
         spec = piece.task.spec
@@ -543,6 +550,7 @@ class _Ring:
         self._units = units
         self._free = deque(Buffer() for _ in range(buffers))
         self._done: dict[int, tuple[Buffer, int]] = {}
+        self._working: set[int] = set()
         self._taken = 0
         self._ended = False
         self._changed = threading.Condition()
@@ -559,13 +567,16 @@ class _Ring:
                 self._ended = True
                 self._changed.notify_all()
                 return None
+            number = self._taken
             self._taken += 1
-            return self._taken - 1, unit, self._free.popleft()
+            self._working.add(number)
+            return number, unit, self._free.popleft()
 
     def finish(self, number: int, buffer: Buffer, nbytes: int) -> None:
         """Hand a written buffer over to be hashed."""
         with self._changed:
             self._done[number] = (buffer, nbytes)
+            self._working.discard(number)
             self._changed.notify_all()
 
     def next_done(self, number: int) -> tuple[Buffer, int] | None:
@@ -589,7 +600,13 @@ class _Ring:
         """Stop everybody."""
         with self._changed:
             self.errors.append((number, error))
+            self._working.discard(number)
             self._changed.notify_all()
+
+    def wait_idle(self) -> None:
+        """Wait until no unit is in work; after an error none will be taken up again."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._working)
 
 
 def run(
@@ -626,8 +643,10 @@ def run(
             ring.fail(-1, exc)
             raise
         finally:
+            ring.wait_idle()
             for worker in workers:
-                worker.join()
+                if worker.is_alive():  # an interrupt may have come before it was
+                    worker.join()
     if ring.errors:
         raise min(ring.errors, key=lambda item: item[0])[1]
     return Outcome(digest.hexdigest(), engine.nonfinite, sorted(engine.repaired))
@@ -635,9 +654,10 @@ def run(
 
 def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
     scratch = Scratch()
-    while (taken := ring.take()) is not None:
-        number, unit, buffer = taken
-        try:
+    number = 0
+    try:
+        while (taken := ring.take()) is not None:
+            number, unit, buffer = taken
             data = buffer.view(unit.nbytes)
             position = 0
             for piece in unit.pieces:
@@ -647,10 +667,9 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
                 position += nbytes
             sink.write(data.data, unit.start)
             scratch.shrink()
-        except BaseException as exc:  # carried to the caller's thread, whatever it is
-            ring.fail(number, exc)
-            return
-        ring.finish(number, buffer, unit.nbytes)
+            ring.finish(number, buffer, unit.nbytes)
+    except BaseException as exc:  # carried to the caller's thread, whatever it is
+        ring.fail(number, exc)
 
 
 def _hash_all(ring: _Ring, hashers: Sequence[Any], progress: Callable[[int], None]) -> None:

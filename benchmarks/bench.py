@@ -67,7 +67,7 @@ elif case == "add_difference":
 else:
     unet = sd_mecha.weighted_sum(*models, alpha=0.5)
     recipe = sd_mecha.pick_component(unet, "diffuser") | models[0]
-sd_mecha.merge(recipe, output=out, tqdm=lambda *a, **k: __import__("tqdm").tqdm(*a, disable=True, **k))
+sd_mecha.merge(recipe, output=out)
 """
 
 COPY = 'cat "$@" > /dev/null; cp "$1" "$0"'

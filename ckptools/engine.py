@@ -454,11 +454,10 @@ class Engine:
             store(inputs[0], result)
             return
         evaluator = Evaluator(scratch, torch_dtype(program.precision), self._random(piece.task))
-        blocks = zip(*(tensor.split(BLOCK) for tensor in inputs), strict=True)
-        begin = piece.begin
-        for target, block in zip(result.split(BLOCK), blocks, strict=True):
-            store(evaluator.block(program.mix, block, begin), target)
-            begin += BLOCK
+        for low in range(0, length, BLOCK):
+            high = min(low + BLOCK, length)
+            block = [tensor[low:high] for tensor in inputs]
+            store(evaluator.block(program.mix, block, piece.begin + low), result[low:high])
 
     def _fill_whole(self, task: Task, out: NDArray[np.uint8]) -> None:
         program = task.program

@@ -144,7 +144,9 @@ def tile(rows: list[tuple[str, Picture]], *, label_width: int, zoom: int = 2) ->
         middle = (8, top + side // 2)
         pen.multiline_text(middle, label, fill="black", font=font, anchor="lm", spacing=6)
         for j, picture in enumerate(pictures):
-            big = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+            # repeated pixels keep a large sheet small; a larger zoom would show them
+            how = Image.Resampling.NEAREST if zoom == 2 else Image.Resampling.BICUBIC
+            big = Image.fromarray(picture).resize((side, side), how)
             sheet.paste(big, (label_width + j * (side + gap), top))
     return sheet
 
@@ -163,8 +165,7 @@ def with_header(sheet: Image.Image, labels: list[str], first: int, step: int) ->
 def save(image: Image.Image, name: str) -> None:
     """Write one picture of the docs."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    small = image.quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
-    small.save(IMAGES / name, optimize=True)
+    image.save(IMAGES / name, optimize=True)
 
 
 def draw_family(files: dict[str, Checkpoint]) -> None:

@@ -179,7 +179,8 @@ def _stripes() -> NDArray[np.float64]:
     """Diagonal stripes fixed to the picture, (64, 64), 0..1, with soft edges."""
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     wave = np.sin((x + y) / math.sqrt(2) * 2 * math.pi / STRIPE_PERIOD_PX)
-    return np.clip(0.5 + 2 * wave, 0, 1)
+    stripes: NDArray[np.float64] = np.clip(0.5 + 2 * wave, 0, 1)
+    return stripes
 
 
 def _halo(cover: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -30,6 +30,10 @@ from ckptools.tensors import DTYPES, TensorSpec
 MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 100_000_000
 _U64_MAX = 2**64 - 1
+_NUMPY = {
+    "F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
+    "U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
+}  # fmt: skip
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _INDEX_SUFFIX = ".index.json"
 _SNIFF_BYTES = 512
@@ -527,6 +531,16 @@ class Checkpoint(Mapping[str, TensorSpec]):
         data = bytearray(self._specs[name].nbytes)
         self.read_into(name, memoryview(data))
         return bytes(data)
+
+    def read_number(self, name: str) -> float:
+        """The value of a tensor that is one number, such as an adapter's alpha."""
+        import numpy as np
+
+        kind = self._specs[name].dtype
+        data = self.read(name)
+        if kind == "BF16":
+            data, kind = b"\0\0" + data, "F32"
+        return float(np.frombuffer(data, _NUMPY[kind])[0])
 
     def check_unchanged(self) -> None:
         """Raise `InputError` if a file was replaced or written to since it was opened."""

@@ -142,7 +142,8 @@ def cut_units(tasks: Sequence[Task]) -> Iterator[Unit]:
 
     for task in tasks:
         spec = task.spec
-        if spec.nbytes <= SPAN_BYTES // 2 and not is_whole(task.program):
+        small = spec.nbytes <= SPAN_BYTES // 2 and not is_whole(task.program)
+        if small or not spec.numel:
             if gathered_bytes + spec.nbytes > SPAN_BYTES:
                 yield from flush()
             gathered.append(Piece(task, 0, spec.numel))
@@ -352,6 +353,18 @@ def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) ->
     return result
 
 
+def store(values: Tensor, target: Tensor) -> None:
+    """Round values to the target's dtype; what is too large becomes NaN or Inf.
+
+    Since 2.12 torch turns even Inf into 448 for float8_e4m3fn. Beyond 464 the nearest number of
+    that format is no longer 448. Source: https://github.com/pytorch/pytorch/pull/178817.
+    """
+    if target.dtype == torch.float8_e4m3fn and values.dtype != target.dtype:
+        wide = values.float() if values.element_size() == 1 else values
+        values = torch.where(wide.abs() > 464.0, math.nan, wide)
+    target.copy_(values)
+
+
 # --- finite checks -----------------------------------------------------------------------------
 
 # name of the integer type, mask of exponent (or of all but the sign), first non-finite value
@@ -447,23 +460,23 @@ class Engine:
             self._check_inputs(piece.task, program.reads, inputs)
         result = as_tensor(out, piece.task.spec.dtype)
         if program.mix.terms == ((1.0, 0),):
-            result.copy_(inputs[0])
+            store(inputs[0], result)
             return
         evaluator = Evaluator(scratch, torch_dtype(program.precision), self._random(piece.task))
         for low in range(0, length, BLOCK):
             high = min(low + BLOCK, length)
             block = [tensor[low:high] for tensor in inputs]
-            result[low:high].copy_(evaluator.block(program.mix, block, piece.begin + low))
+            store(evaluator.block(program.mix, block, piece.begin + low), result[low:high])
 
     def _fill_whole(self, task: Task, out: NDArray[np.uint8]) -> None:
         program = task.program
         result = as_tensor(out, task.spec.dtype).view(task.spec.shape)
         if isinstance(program, Compute):
-            result.copy_(self._whole_result(task, program, None).view(task.spec.shape))
+            store(self._whole_result(task, program, None).view(task.spec.shape), result)
         elif isinstance(program, Widen):
             channels = program.channels
-            result.copy_(self._load(program.extra))
-            result[:, :channels].copy_(self._whole_result(task, program.common, channels))
+            store(self._load(program.extra), result)
+            store(self._whole_result(task, program.common, channels), result[:, :channels])
 
     def _whole_result(self, task: Task, program: Compute, channels: int | None) -> Tensor:
         inputs = [self._load(read) for read in program.reads]
@@ -485,8 +498,10 @@ class Engine:
         """Methods with comparisons can swallow a NaN, so theirs are looked for beforehand."""
         if self._settings.allow_nonfinite:
             return
-        if any(not bool(torch.isfinite(tensor.float()).all()) for tensor in inputs):
-            raise self._nonfinite_error(task, 0)
+        for tensor in inputs:
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(torch.isfinite(wide).all()):
+                raise self._nonfinite_error(task, 0)
 
     def _check(self, piece: Piece, out: NDArray[np.uint8]) -> None:
         spec = piece.task.spec
@@ -635,9 +650,10 @@ def run(
 
 def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
     scratch = Scratch()
-    while (taken := ring.take()) is not None:
-        number, unit, buffer = taken
-        try:
+    number = 0
+    try:
+        while (taken := ring.take()) is not None:
+            number, unit, buffer = taken
             data = buffer.view(unit.nbytes)
             position = 0
             for piece in unit.pieces:
@@ -647,10 +663,9 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
                 position += nbytes
             sink.write(data.data, unit.start)
             scratch.shrink()
-        except BaseException as exc:  # carried to the caller's thread, whatever it is
-            ring.fail(number, exc)
-            return
-        ring.finish(number, buffer, unit.nbytes)
+            ring.finish(number, buffer, unit.nbytes)
+    except BaseException as exc:  # carried to the caller's thread, whatever it is
+        ring.fail(number, exc)
 
 
 def _hash_all(ring: _Ring, hashers: Sequence[Any], progress: Callable[[int], None]) -> None:

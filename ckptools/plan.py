@@ -5,6 +5,7 @@ Every check lives here and all mistakes are reported together. Reads no tensor b
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -26,10 +27,26 @@ from ckptools.errors import (
     raise_all,
 )
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
-from ckptools.formula import Applied, Linear, base_model, specialise, used_names
+from ckptools.formula import (
+    AdapterDelta,
+    Applied,
+    Baked,
+    Leaf,
+    Linear,
+    adapter_names,
+    base_model,
+    specialise,
+    used_names,
+)
+from ckptools.keymap import key_map_ids
+from ckptools.lora.group import AdapterFile, group, scale_of
+from ckptools.lora.kinds import load_kinds
+from ckptools.lora.match import Match, match, unmatched_error
+from ckptools.lora.names import fitting_families, targets
 from ckptools.methods import load_methods
 from ckptools.program import (
     MAX_F32_TERMS,
+    Change,
     Compute,
     Copy,
     Mix,
@@ -39,6 +56,7 @@ from ckptools.program import (
     Read,
     Widen,
     applied_in,
+    baked_in,
     compile_mix,
     reads_of,
 )
@@ -54,6 +72,7 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 PROCESS_BYTES = 240_000_000
 WORKER_BYTES = 8_000_000
 _ADAPTER_KINDS = {"lora", "embedding"}
+_BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
 
 
@@ -63,6 +82,7 @@ class Source:
 
     names    canonical tensor name -> the name it has in this file
     doubles  (name left out, name used) of tensors that the file has under two spellings
+    adapter  the file's modules, where it stands in the recipe as an adapter
     """
 
     ref: ModelRef
@@ -70,6 +90,7 @@ class Source:
     detection: Detection
     names: Mapping[str, str]
     doubles: tuple[tuple[str, str], ...] = ()
+    adapter: AdapterFile | None = None
 
     @property
     def name(self) -> str:
@@ -79,11 +100,41 @@ class Source:
     @property
     def title(self) -> str:
         """What the file is, in words: "Stable Diffusion 1.x inpainting"."""
+        if self.adapter is not None:
+            return adapter_title(self.adapter)
         if self.detection.family is None:
             return "unknown"
         variant = self.detection.variant or ""
         title = family_of(self.detection).title
         return title if variant in ("", "base") else f"{title} {variant}"
+
+
+def adapter_title(file: AdapterFile) -> str:
+    """What an adapter is, in words: "LoRA of rank 32, for sdxl"."""
+    kinds = Counter(
+        "DoRA" if module.dora else load_kinds()[module.kind].title
+        for module in file.modules.values()
+    )
+    ranks = sorted({module.rank for module in file.modules.values() if module.rank is not None})
+    columns = {name: module.measure.columns for name, module in file.modules.items()}
+    bases = " or ".join(dict.fromkeys(fit.family for fit in fitting_families(columns)))
+    title = " and ".join(kind for kind, _ in kinds.most_common())
+    if ranks:
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        title += f" of rank {span}"
+    return title + (f", for {bases}" if bases else "")
+
+
+@dataclass(frozen=True)
+class Baking:
+    """An adapter that a plan bakes, and where it goes.
+
+    scales  module -> what multiplies its change, before the weight
+    """
+
+    source: Source
+    match: Match
+    scales: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -127,6 +178,7 @@ class Plan:
     notes: tuple[str, ...]
     dropped: Mapping[str, tuple[str, ...]]
     threads: int
+    bakings: tuple[Baking, ...] = ()
 
     @cached_property
     def counts(self) -> dict[Action, int]:
@@ -172,7 +224,8 @@ def _whole_bytes(step: Step) -> int:
         return 0
     width = 4 if program.precision == "F32" else 8
     methods = load_methods()
-    scratch = max(methods[node.method].scratch for node in applied_in(program.mix))
+    scratches = [methods[node.method].scratch for node in applied_in(program.mix)]
+    scratch = max([*scratches, *(_BAKE_SCRATCH for _ in baked_in(program.mix))], default=1)
     stored = sum(read.spec.nbytes for read in program.reads) + 2 * step.spec.nbytes
     return stored + (len(program.reads) + scratch) * step.spec.numel * width
 
@@ -184,9 +237,11 @@ def open_sources(recipe: Recipe) -> tuple[Source, ...]:
     """Open every model of a recipe and say what it is; all that cannot be opened at once."""
     sources: list[Source] = []
     errors: list[CkptError] = []
+    adapters = adapter_names(recipe.result, recipe.scope)
     for ref in recipe.models.values():
         try:
-            sources.append(_open_source(recipe, ref))
+            open_one = _open_adapter if ref.name in adapters else _open_source
+            sources.append(open_one(recipe, ref))
         except CkptError as exc:
             exc.what = f"model {ref.name!r}: {exc.what}"
             exc.where = f"{ref.where}: {exc.where}" if exc.where else ref.where
@@ -196,6 +251,36 @@ def open_sources(recipe: Recipe) -> tuple[Source, ...]:
             source.checkpoint.close()
     raise_all(errors)
     return tuple(sources)
+
+
+def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
+    checkpoint = open_checkpoint(recipe.file_of(ref))
+    try:
+        detection = detect(checkpoint, checkpoint.metadata)
+        if detection.kind not in ("lora", "unknown"):
+            raise InputError(
+                f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
+                fix="bake() takes a model and an adapter",
+            )
+        adapter = group(checkpoint, checkpoint.metadata, config=_config_beside(checkpoint.path))
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Source(ref, checkpoint, detection, MappingProxyType({}), adapter=adapter)
+
+
+def _config_beside(path: Path) -> dict[str, object] | None:
+    """PEFT's `adapter_config.json` in the adapter's folder, if there is one."""
+    config = path.parent / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot be read: {exc}", where=str(config)) from exc
+    if not isinstance(document, dict):
+        raise InputError("is not a JSON object", where=str(config))
+    return document
 
 
 def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
@@ -248,7 +333,9 @@ class _Planner:
         self.index = {source.name: number for number, source in enumerate(sources)}
         self.base = self.by_name[recipe.base]
         self.used = [
-            name for name in used_names(recipe.merge, recipe.scope) if name in self.by_name
+            name
+            for name in used_names(recipe.result, recipe.scope)
+            if name in self.by_name and self.by_name[name].adapter is None
         ]
         self.family = self._common_family()
         self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
@@ -260,6 +347,7 @@ class _Planner:
         self._sums: Counter[str] = Counter()
         self._widened: list[str] = []
         self._mixes: dict[tuple[Linear, tuple[str, ...]], Mix] = {}
+        self.bakings: dict[str, Baking] = {}
 
     def plan(self, threads: int, *, force: bool) -> Plan:
         recipe = self.recipe
@@ -267,6 +355,7 @@ class _Planner:
         self._check_components()
         names = self._output_names()
         self._compile_params(names)
+        self._match_adapters()
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
         raise_all(_grouped(self.errors))
@@ -286,6 +375,7 @@ class _Planner:
             notes=(),
             dropped=self._dropped(names),
             threads=threads,
+            bakings=tuple(self.bakings.values()),
         )
         self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
@@ -385,7 +475,7 @@ class _Planner:
             and name in self.base.names
             and self.base.checkpoint[self.base.names[name]].is_float
         ]
-        used = set(used_names(self.recipe.merge, self.recipe.scope))
+        used = set(used_names(self.recipe.result, self.recipe.scope))
         for ref in self.recipe.params.values():
             if ref.name not in used:
                 continue
@@ -414,8 +504,115 @@ class _Planner:
         key = tuple(line.value for line in lines.values())
         if key not in self._forms:
             values = {param: line.value for param, line in lines.items()}
-            self._forms[key] = specialise(self.recipe.merge, self.recipe.scope, values)
+            self._forms[key] = specialise(self.recipe.result, self.recipe.scope, values)
         return self._forms[key], lines
+
+    # --- adapters ---
+
+    def _match_adapters(self) -> None:
+        """Lay every adapter over the base's tensors, under their canonical names."""
+        sources = [source for source in self.sources if source.adapter is not None]
+        if sources and self.family.id not in key_map_ids():
+            self.errors.append(
+                InputError(
+                    f"adapters need a known family; {self.base.name} is {self.base.title}",
+                    where=sources[0].ref.where,
+                )
+            )
+            return
+        if not sources:
+            return
+        specs = {
+            name: replace(self.base.checkpoint[own], name=name)
+            for name, own in self.base.names.items()
+        }
+        names = targets(self.family, specs)
+        for source in sources:
+            try:
+                self._match_adapter(source, match(source.adapter, names))
+            except ManyErrors as exc:
+                self.errors += [error.at(source.ref.where) for error in exc.errors]
+            except CkptError as exc:
+                self.errors.append(exc.at(source.ref.where))
+
+    def _match_adapter(self, source: Source, found: Match) -> None:
+        file = source.adapter
+        if file is None:
+            return
+        where = source.ref.where
+        taken = [name for name in found.placed if self.family.component_of(name) in self.recipe.take]
+        if found.unmatched:
+            error = unmatched_error(source.name, file, found, where=where)
+            if not source.ref.allow_unmatched or not found.placed:
+                self.errors.append(error)
+            else:
+                self.warnings.append(f"{error.what}: left out")
+        if taken:
+            component = self.family.component_of(taken[0])
+            self.errors.append(
+                InputError(
+                    f"{source.name} changes {len(taken):,} tensors of {component}, which is taken "
+                    "byte for byte",
+                    where=where,
+                    fix=f"set its weight to 0 for {component}, or leave out `take`",
+                )
+            )
+        for note in file.notes:
+            self.notes.append(f"{source.name}: {note}")
+        if file.embeddings:
+            self.notes.append(
+                f"{source.name}: {len(file.embeddings)} embeddings are left aside "
+                f"({', '.join(list(file.embeddings)[:4])})"
+            )
+        scales = {
+            module.name: scale_of(module, _numbers_of(source, module.name))
+            for module in file.modules.values()
+        }
+        self.bakings[source.name] = Baking(source, found, MappingProxyType(scales))
+
+    def _changes(self, adapter: str, name: str) -> tuple[Change, ...]:
+        """What an adapter does to one tensor."""
+        baking = self.bakings[adapter]
+        source = baking.source
+        return tuple(
+            Change(
+                module=placed.module,
+                parts=tuple(
+                    (part, Read(self.index[adapter], tensor, source.checkpoint[tensor]))
+                    for part, tensor in placed.module.arrays.items()
+                ),
+                scale=baking.scales[placed.module.name],
+                target=placed.target,
+                shape=placed.shape,
+                bias=placed.bias,
+                dora=source.ref.dora,
+            )
+            for placed in baking.match.placed.get(name, ())
+        )
+
+    def _resolved(self, form: Linear, name: str) -> Linear:
+        """The form with every adapter as what it is for this tensor: nothing, a delta, or a bake.
+
+        Adapters that do not depend on the weights become deltas, so that they commute and the
+        weights under them keep their place in the sum.
+        """
+        if not self.bakings or not any(isinstance(leaf, Baked) for leaf, _ in form.terms):
+            return form
+        result = Linear(())
+        for leaf, value in form.terms:
+            result = result + self._resolved_leaf(leaf, name) * value
+        return result
+
+    def _resolved_leaf(self, leaf: Leaf, name: str) -> Linear:
+        if not isinstance(leaf, Baked):
+            return Linear.of(leaf)
+        model = self._resolved(leaf.model, name)
+        changes = self._changes(leaf.adapter, name)
+        if not changes:
+            return model
+        if all(_is_delta(change) for change in changes):
+            return model + Linear.of(AdapterDelta(leaf.adapter)) * leaf.strength
+        return Linear.of(Baked(model, leaf.adapter, leaf.strength))
 
     # --- tensors ---
 
@@ -454,13 +651,18 @@ class _Planner:
         spec = replace(spec, dtype=self._output_dtype(component, spec.dtype))
         try:
             form, lines = self._form(name)
+            form = self._resolved(form, name)
         except CkptError as exc:
             self.errors.append(exc.at(spec.name))
             return _bare(spec, "carried", Copy(own), "")
         lacking = self._lacking(form, name)
         if lacking:
             why = f"{' and '.join(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} it"
-            return replace(_single(spec, own, "carried", why), form=None, lines=lines)
+            form = _over_base(form, self.base.name)
+            if form.terms == ((self.base.name, 1.0),):
+                return replace(_single(spec, own, "carried", why), form=None, lines=lines)
+            step = self._formed(name, spec, form, own)
+            return replace(step, form=form, lines=lines, why=f"{why}; adapters go into the base's")
         if spec.numel == 0:
             return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
                          else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
@@ -488,19 +690,37 @@ class _Planner:
             if not _same_shape(read.spec, spec):
                 self._shape_error(spec.name, own, model, read)
                 return _bare(spec, "merged", Copy(own), "")
-        return _bare(spec, "merged", self._compute(form, models, reads, spec), "formula")
+        return _bare(spec, "merged", self._compute(form, models, reads, spec, name), "formula")
 
     def _compute(
-        self, form: Linear, models: Sequence[str], reads: Sequence[Read], spec: TensorSpec
+        self,
+        form: Linear,
+        models: Sequence[str],
+        reads: Sequence[Read],
+        spec: TensorSpec,
+        name: str,
     ) -> Compute:
+        adapters = _adapters_in(form)
         key = (form, tuple(models))
-        if key not in self._mixes:
-            index = {name: i for i, name in enumerate(models)}
-            self._mixes[key] = compile_mix(form, index, self._anchor)
-        mix = self._mixes[key]
+        index: dict[Leaf, int] = {model: i for i, model in enumerate(models)}
+        deltas = [leaf for leaf in adapters if isinstance(leaf, AdapterDelta)]
+        index |= {leaf: len(models) + i for i, leaf in enumerate(deltas)}
+        if adapters:
+            changes = {leaf.adapter: self._changes(leaf.adapter, name) for leaf in adapters}
+            mix = compile_mix(form, index, self._anchor, changes)
+        elif key in self._mixes:
+            mix = self._mixes[key]
+        else:
+            mix = self._mixes[key] = compile_mix(form, index, self._anchor)
         methods = load_methods()
         whole = any(methods[node.method].access == "tensor" for node in applied_in(mix))
-        return Compute(mix, tuple(reads), _precision(spec, reads, form), whole)
+        return Compute(
+            mix,
+            tuple(reads),
+            _precision(spec, reads, form),
+            whole or any(True for _ in baked_in(mix)),
+            tuple(self._changes(leaf.adapter, name) for leaf in deltas),
+        )
 
     def _widths(
         self, name: str, spec: TensorSpec, models: Sequence[str], reads: Sequence[Read]
@@ -527,14 +747,14 @@ class _Planner:
                     fix="merge one inpainting, edit or depth model at a time",
                 )
             )
-            return _WideStep(self, spec, counts[0], everyone[0])
+            return _WideStep(self, spec, counts[0], everyone[0], name)
         extra = next(read for read in everyone if read.spec.shape[1] == counts[-1])
         self._widened.append(
             f"{spec.name}: the first {counts[0]} input channels are merged, "
             f"channels {counts[0] + 1} to {counts[-1]} come from {self.sources[extra.source].name}"
         )
         shape = (spec.shape[0], counts[-1], *spec.shape[2:])
-        return _WideStep(self, replace(spec, shape=shape), counts[0], extra)
+        return _WideStep(self, replace(spec, shape=shape), counts[0], extra, name)
 
     def _has_extra_channels(self, read: Read) -> bool:
         """Whether a model is a variant (inpainting, edit, depth) that takes more than latents."""
@@ -693,10 +913,11 @@ class _WideStep:
     spec: TensorSpec
     channels: int
     extra: Read
+    name: str
 
     def __call__(self, form: Linear, models: Sequence[str], reads: Sequence[Read]) -> Step:
         narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
-        common = self.planner._compute(form, models, reads, narrow)
+        common = self.planner._compute(form, models, reads, narrow, self.name)
         program = Widen(common, self.extra, self.channels)
         return _bare(self.spec, "merged", program, "common input channels merged, the rest kept")
 
@@ -723,6 +944,52 @@ def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precisi
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
     return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
+
+
+def _is_delta(change: Change) -> bool:
+    """Whether a change can be added row by row, without the weight or the whole of it."""
+    return (
+        change.module.additive
+        and not change.bias
+        and change.target.op != "transpose"
+        and change.shape == change.target.shape
+    )
+
+
+def _adapters_in(form: Linear) -> list[AdapterDelta | Baked]:
+    """Every adapter in a form, nested ones included, each delta once."""
+    found: dict[AdapterDelta | Baked, None] = {}
+    for leaf, _ in form.terms:
+        match leaf:
+            case AdapterDelta():
+                found[leaf] = None
+            case Baked(model=model):
+                found[leaf] = None
+                found |= dict.fromkeys(_adapters_in(model))
+            case Applied(models=models):
+                for model in models:
+                    found |= dict.fromkeys(_adapters_in(model))
+    return list(found)
+
+
+def _over_base(form: Linear, base: str) -> Linear:
+    """The base alone under the adapters that a form ends in: for tensors that a model lacks."""
+    result = Linear.of(base)
+    for leaf, value in form.terms:
+        if isinstance(leaf, AdapterDelta):
+            result = result + Linear.of(leaf) * value
+    if len(form.terms) == 1 and isinstance(form.terms[0][0], Baked) and form.terms[0][1] == 1.0:
+        inner = form.terms[0][0]
+        return Linear.of(Baked(_over_base(inner.model, base), inner.adapter, inner.strength))
+    return result
+
+
+def _numbers_of(source: Source, module: str) -> dict[str, float]:
+    """The values of a module's alpha and scale: single numbers, read from the file."""
+    if source.adapter is None:
+        return {}
+    parts = source.adapter.modules[module]
+    return {part: source.checkpoint.read_number(parts.parts[part]) for part in parts.numbers}
 
 
 def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:

@@ -27,8 +27,11 @@ def dare(
     scale         factor on the sum
     The recipe's `seed` fixes the masks; each model draws its own.
     """
-    result = base
+    import torch
+
+    total = torch.zeros_like(base)
     for stream, model in enumerate(models):
         kept = rng.uniform(stream) < density
-        result = result + (model - base) * kept * (scale / density)
-    return result
+        total += (model - base) * kept
+    total *= scale / density
+    return torch.where(total == 0.0, base, base + total)  # -0.0 + 0.0 would be 0.0

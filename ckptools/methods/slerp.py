@@ -20,7 +20,7 @@ NEARLY_PARALLEL = 0.9995
     source="Shoemake 1985, 'Animating rotation with quaternion curves', over whole tensors; "
     "the length is interpolated linearly, as sd-mecha 1.1 does",
     bounds={"t": (0.0, 1.0)},
-    scratch=2,
+    scratch=3,
 )
 def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     """From A to B along the sphere: direction by angle, length by weighted sum.

@@ -32,14 +32,16 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
     mass = torch.zeros_like(base)
     for model in models:
         mass += _trimmed(model - base, density)
-    sign = torch.where(mass >= 0, 1.0, -1.0).to(base.dtype)
+    plus = mass >= 0.0
     total, count = mass.zero_(), torch.zeros_like(base)
     for model in models:
         delta = _trimmed(model - base, density)
-        agrees = delta * sign > 0
-        total += torch.where(agrees, delta, 0.0)
-        count += agrees
-    return base + total / count.clamp_(min=1.0) * scale
+        delta.masked_fill_(torch.where(plus, delta <= 0.0, delta >= 0.0), 0.0)
+        total += delta
+        count += delta != 0.0
+        del delta  # before the next one is made
+    moved = total.div_(count.clamp_(min=1.0)).mul_(scale)
+    return torch.where(moved == 0.0, base, base + moved)  # -0.0 + 0.0 would be 0.0
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:
@@ -53,5 +55,6 @@ def _trimmed(delta: Tensor, density: float) -> Tensor:
         size = delta.abs().reshape(-1).numpy()
         size.partition(size.size - keep)
         threshold = float(np.asarray(size[size.size - keep]))
-        delta[delta.abs() < threshold] = 0.0
+        del size  # as large as the tensor
+        delta.masked_fill_(delta.abs() < threshold, 0.0)
     return delta

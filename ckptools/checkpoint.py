@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
     Raises `InvalidFileError` with a diagnosis a person can act on, `InputError` where the file
     cannot be opened.
     """
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         return _read_header(stream, path)
 
 
@@ -371,7 +371,8 @@ def _check_coverage(
 # --- reading at an offset ----------------------------------------------------------------------
 
 
-def _opened(path: Path) -> Descriptor:
+def open_file(path: Path) -> Descriptor:
+    """A file opened for reads at an offset, or an `InputError` that says why not."""
     try:
         return Descriptor(path)
     except FileNotFoundError as exc:
@@ -560,7 +561,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         found = self._open.get(number)
         if found is None:
             with self._lock:
-                found = self._open.get(number) or _opened(self.files[number].path)
+                found = self._open.get(number) or open_file(self.files[number].path)
                 self._open[number] = found
         return found
 
@@ -600,7 +601,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _source_file(path: Path) -> SourceFile:
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         header = _read_header(stream, path)
         return SourceFile(path, header, Identity.of(stream.fileno()))
 
@@ -670,7 +671,7 @@ def _size_warning(index: _Index, files: Sequence[SourceFile]) -> tuple[str, ...]
 
 
 def _read_index(path: Path) -> _Index:
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         size = _regular_size(stream, path)
         if size > MAX_INDEX_BYTES:
             raise _invalid(path, "the index is larger than 100 MB")

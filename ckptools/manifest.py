@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
 
-from ckptools.checkpoint import Checkpoint
+from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.plan import Plan, Source
 from ckptools.tensors import RECIPE_DTYPES
 from ckptools.writer import Layout
@@ -57,9 +57,10 @@ def legacy_hash(checkpoint: Checkpoint) -> str:
 
     Source: AUTOMATIC1111 web UI, `sd_models.model_hash`.
     """
-    with checkpoint.files[0].path.open("rb") as stream:
-        stream.seek(0x100000)
-        return hashlib.sha256(stream.read(0x10000)).hexdigest()[:8]
+    file = checkpoint.files[0]
+    length = max(0, min(0x10000, file.header.file_bytes - 0x100000))
+    with open_file(file.path) as stream:
+        return hashlib.sha256(stream.read(length, 0x100000)).hexdigest()[:8]
 
 
 def file_label(source: Source) -> str:
@@ -102,7 +103,11 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
     }
     if recipe.output.shard_bytes:
         output["shard_size"] = recipe.output.shard_bytes
+    if recipe.output.metadata:
+        output["metadata"] = dict(recipe.output.metadata)
     document["output"] = output
+    if recipe.allow_nonfinite:
+        document["allow_nonfinite"] = True
     if recipe.seed:
         document["seed"] = recipe.seed
     if recipe.compat:
@@ -224,7 +229,7 @@ def _own_json(source: Source, key: str) -> object:
 
 
 def _compact(document: object) -> str:
-    return json.dumps(document, sort_keys=False, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def with_hash(layout: Layout, sha256: str) -> Layout:
@@ -283,10 +288,15 @@ def manifest_document(
         "tensors": plan.counts,
         "verified": dict(verified),
         "versions": versions(),
-        "warnings": list(plan.warnings),
-        "notes": [*plan.notes, *notes],
+        "warnings": _without_folder(plan.warnings, plan.recipe.path),
+        "notes": _without_folder([*plan.notes, *notes], plan.recipe.path),
     }
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_folder(texts: Sequence[str], recipe: Path) -> list[str]:
+    """Texts that name lines of the recipe, by its name instead of its path."""
+    return [text.replace(str(recipe), recipe.name) for text in texts]
 
 
 def version() -> str:

@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ckptools.checkpoint import Checkpoint
+from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import (
     embedded_metadata,
@@ -32,8 +32,9 @@ from ckptools.writer import (
     index_document,
     index_path,
     lay_out,
+    output_error,
     sync_folder,
-    write_small,
+    whole_file,
 )
 
 _HASH_CHUNK = 1 << 20
@@ -105,8 +106,8 @@ def merge(
     with planned(recipe, threads=threads or default_threads(), force=force) as plan:
         progress.planned(plan)
         sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
-        recipe.output_path.parent.mkdir(parents=True, exist_ok=True)
-        return _write(plan, sha256s, progress, started)
+        with _folder(recipe.output_path.parent):
+            return _write(plan, sha256s, progress, started)
 
 
 def default_threads() -> int:
@@ -187,14 +188,34 @@ def check_pins(
 
 def _sha256_of(checkpoint: Checkpoint, advance: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
-    with checkpoint.files[0].path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
+    nbytes = checkpoint.file_bytes
+    buffer = memoryview(bytearray(_HASH_CHUNK))
+    with open_file(checkpoint.files[0].path) as stream:
+        for offset in range(0, nbytes, _HASH_CHUNK):
+            chunk = buffer[: min(_HASH_CHUNK, nbytes - offset)]
+            stream.read_into(chunk, offset)
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
 
 
 # --- output ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make the output's folder; where the merge fails, remove what was made."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as exc:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(exc, OSError):
+            raise output_error(exc, folder) from exc
+        raise
 
 
 def _write(
@@ -217,19 +238,20 @@ def _write(
         for source in plan.sources:
             source.checkpoint.check_unchanged()
         recomputed = _verify(plan, layouts, settings, streamed.sha256)
-        for part in parts:
-            part.sync()
         notes = (*embedded.notes, *streamed.notes)
         verified = {"finite": not streamed.nonfinite, "recomputed": recomputed}
         document = manifest_document(
             plan, layouts, sha256s=sha256s, data_sha256s=streamed.sha256s, verified=verified,
             notes=notes,
         )  # fmt: skip
+        small = [whole_file(manifest, document)]
+        if len(layouts) > 1:
+            small = [whole_file(index_path(recipe.output_path), index_document(layouts)), *small]
+        parts += [stack.enter_context(PartFile(layout)) for layout in small]
         for part in parts:
+            part.sync()
+        for part in parts:  # from here on only names change
             part.commit()
-    if len(layouts) > 1:
-        write_small(index_path(recipe.output_path), index_document(layouts))
-    write_small(manifest, document)
     sync_folder(recipe.output_path.parent)
     return MergeResult(
         plan=plan,

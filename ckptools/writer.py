@@ -205,21 +205,9 @@ class PartFile:
         self._close()
 
 
-def write_small(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: part, fsync, replace."""
-    part = path.with_name(path.name + PART_SUFFIX)
-    try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except BaseException as exc:
-        with suppress(OSError):
-            part.unlink()
-        if isinstance(exc, OSError):
-            raise output_error(exc, path) from exc
-        raise
+def whole_file(path: Path, data: bytes) -> Layout:
+    """The layout of a small file that is known whole, such as an index or a manifest."""
+    return Layout(path, (), {}, data, len(data))
 
 
 def sync_folder(folder: Path) -> None:
@@ -262,6 +250,7 @@ def _open_locked(part: Path) -> int:
     removed it: writing on would damage a finished file. Then it is opened again.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0)  # nor through a link that somebody laid there
     while True:
         number = os.open(part, flags, 0o666)
         try:

@@ -26,7 +26,6 @@ from ckptools.formula import (
     specialise,
     usage,
     used_names,
-    used_names,
 )
 from ckptools.methods import load_methods
 from ckptools.program import Apply, Mix, applied_in, compile_mix

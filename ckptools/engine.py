@@ -22,13 +22,18 @@ import numpy as np
 import torch
 
 from ckptools.errors import NonFiniteError
+from ckptools.lora.bake import bake_change, delta_elements
 from ckptools.methods import load_methods
 from ckptools.program import (
     Apply,
+    Bake,
+    Change,
     Compute,
     Copy,
     Mix,
+    Node,
     PositionIds,
+    Precision,
     Program,
     Read,
     Widen,
@@ -207,10 +212,14 @@ def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:
 
 
 class Scratch:
-    """One worker's memory: a buffer per read, and a stack of blocks to compute in."""
+    """One worker's memory: a buffer per read, and a stack of blocks to compute in.
+
+    parts  the adapter module that was loaded last: what identifies it, and its tensors
+    """
 
     def __init__(self) -> None:
         self.inputs: list[Buffer] = []
+        self.parts: tuple[object, dict[str, Tensor]] = (None, {})
         self._blocks: dict[torch.dtype, list[Tensor]] = {}
 
     def input(self, number: int) -> Buffer:
@@ -281,13 +290,13 @@ class Evaluator:
         total = self._scratch.block(depth, self._dtype, len(inputs[0]))
         for position, (factor, node) in enumerate(mix.terms):
             if position == 0:
-                term = self._node(node, inputs, begin, depth, total)
+                term = self._node(node, inputs, begin, depth)
                 if term is not total:
                     total.copy_(term)
                 if factor != 1.0:
                     total.mul_(factor)
                 continue
-            term = self._node(node, inputs, begin, depth + 1, None)
+            term = self._node(node, inputs, begin, depth + 1)
             if factor == 1.0:
                 total.add_(term)
             elif factor == -1.0:
@@ -296,20 +305,15 @@ class Evaluator:
                 total.add_(term.mul_(factor))
         return total
 
-    def _node(
-        self,
-        node: int | Mix | Apply,
-        inputs: Sequence[Tensor],
-        begin: int,
-        depth: int,
-        into: Tensor | None,
-    ) -> Tensor:
+    def _node(self, node: Node, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
         """The value of a node in memory that the caller may change."""
         if isinstance(node, int):
             target = self._scratch.block(depth, self._dtype, len(inputs[0]))
             return target.copy_(inputs[node])
         if isinstance(node, Mix):
             return self._mix(node, inputs, begin, depth)
+        if isinstance(node, Bake):
+            raise TypeError("adapters that depend on the weight need the whole of it")
         models = [
             self._mix(model, inputs, begin, depth + 1 + number)
             for number, model in enumerate(node.models)
@@ -319,27 +323,43 @@ class Evaluator:
         return target.copy_(result)
 
 
-def whole_mix(
-    mix: Mix, inputs: Sequence[Tensor], dtype: torch.dtype, random: ElementRandom
-) -> Tensor:
-    """The mix of whole tensors, shape kept; allocates what it needs."""
-    total: Tensor | None = None
-    for factor, node in mix.terms:
-        if isinstance(node, int):
-            term = inputs[node].to(dtype, copy=True)
-        elif isinstance(node, Mix):
-            term = whole_mix(node, inputs, dtype, random)
-        else:
-            models = [whole_mix(model, inputs, dtype, random) for model in node.models]
-            term = call_method(node, models, random)
-            if any(term is model for model in models) or term.dtype != dtype:
-                term = term.to(dtype, copy=True)
-        if factor != 1.0:
-            term.mul_(factor)
-        total = term if total is None else total.add_(term)
-    if total is None:
-        raise ValueError("a mix without terms")
-    return total
+@dataclass(frozen=True)
+class WholeEvaluator:
+    """Evaluates a mix over whole tensors of one shape; allocates what it needs.
+
+    bake  makes an adapter's changes to a tensor that it may change in place
+    """
+
+    dtype: torch.dtype
+    random: ElementRandom
+    bake: Callable[[Bake, Tensor], Tensor]
+
+    def mix(self, mix: Mix, inputs: Sequence[Tensor]) -> Tensor:
+        """The mix of the inputs, shape kept."""
+        total: Tensor | None = None
+        for factor, node in mix.terms:
+            term = self._node(node, inputs)
+            if factor != 1.0:
+                term.mul_(factor)
+            total = term if total is None else total.add_(term)
+        if total is None:
+            raise ValueError("a mix without terms")
+        return total
+
+    def _node(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
+        """The value of a node in memory that the caller may change."""
+        match node:
+            case int():
+                return inputs[node].to(self.dtype, copy=True)
+            case Mix():
+                return self.mix(node, inputs)
+            case Bake(model=model):
+                return self.bake(node, self.mix(model, inputs))
+            case Apply(models=nodes):
+                models = [self.mix(model, inputs) for model in nodes]
+                result = call_method(node, models, self.random)
+                shared = any(result is model for model in models)
+                return result.to(self.dtype, copy=True) if shared else result.to(self.dtype)
 
 
 def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) -> Tensor:
@@ -458,6 +478,10 @@ class Engine:
             inputs.append(as_tensor(data, read.spec.dtype))
         if any(True for _ in applied_in(program.mix)):
             self._check_inputs(piece.task, program.reads, inputs)
+        shape = piece.task.spec.shape
+        for changes in program.deltas:
+            parts = [self._parts(change, program.precision, scratch) for change in changes]
+            inputs.append(delta_elements(changes, parts, shape, piece.begin, piece.end))
         result = as_tensor(out, piece.task.spec.dtype)
         if program.mix.terms == ((1.0, 0),):
             store(inputs[0], result)
@@ -486,8 +510,39 @@ class Engine:
             inputs = [tensor[:, :channels].contiguous() for tensor in inputs]
         else:
             inputs = [tensor.reshape(task.spec.shape) for tensor in inputs]
-        random = self._random(task)(0, tuple(inputs[0].shape))
-        return whole_mix(program.mix, inputs, torch_dtype(program.precision), random)
+        shape = tuple(inputs[0].shape)
+        for changes in program.deltas:
+            parts = [self._parts(change, program.precision) for change in changes]
+            delta = delta_elements(changes, parts, shape, 0, inputs[0].numel())
+            inputs.append(delta.view(shape))
+
+        def bake(node: Bake, weight: Tensor) -> Tensor:
+            for change in node.changes:
+                parts = self._parts(change, program.precision)
+                bake_change(change, parts, weight, node.strength)
+            return weight
+
+        random = self._random(task)(0, shape)
+        evaluator = WholeEvaluator(torch_dtype(program.precision), random, bake)
+        return evaluator.mix(program.mix, inputs)
+
+    def _parts(
+        self, change: Change, precision: Precision, scratch: Scratch | None = None
+    ) -> dict[str, Tensor]:
+        """A module's tensors, floats in the precision of the arithmetic.
+
+        Kept in the scratch while one tensor is worked on: its pieces share them.
+        """
+        key = (precision, *(read for _, read in change.parts))
+        if scratch is not None and scratch.parts[0] == key:
+            return scratch.parts[1]
+        parts = {}
+        for part, read in change.parts:
+            values = self._load(read)
+            parts[part] = values.to(torch_dtype(precision)) if read.spec.is_float else values
+        if scratch is not None:
+            scratch.parts = (key, parts)
+        return parts
 
     def _load(self, read: Read) -> Tensor:
         data = np.empty(read.spec.nbytes, np.uint8)

@@ -630,9 +630,7 @@ class Linear:
     @property
     def total(self) -> float:
         """The sum of the models' coefficients: 1 for a proper mix of models."""
-        return math.fsum(
-            value for leaf, value in self.terms if not isinstance(leaf, AdapterDelta)
-        )
+        return math.fsum(value for leaf, value in self.terms if not isinstance(leaf, AdapterDelta))
 
     def model_names(self) -> Iterator[str]:
         """Every model of the form, nested ones included, in order, repeats possible."""

@@ -10,7 +10,7 @@ and shapes, no values: no torch here.
                 ordinal
     tables      name → names, for "@name"
     adapters, ordinals, fits
-                what adapter files call modules: see `ckptools/lora/names.py`
+                what adapter files call modules: `AdapterNames`, `Ordinal`, `AdapterMark` below
 
 `names` maps a tensor or a module, and everything below it, from the checkpoint's name (without its
 prefix) to diffusers'. The longest name that fits decides; of two equal lines the later one does, in
@@ -412,7 +412,8 @@ _TABLE = re.compile(r"@(\w+)")
 _BRACES = re.compile(r"\{([^}]*)\}")
 _TERM = re.compile(r"([+-]?)(?:(\d+)(?:\*([a-z]))?|([a-z]))")
 _SHARE = re.compile(
-    r"(?P<name>(?:\{[^}]*\}|[^\s*\[{])+)(?:\*(?P<share>\d+))?(?:\[(?P<part>\d+)/(?P<parts>\d+)\])?(?: (?P<op>\w+))?"
+    r"(?P<name>(?:\{[^}]*\}|[^\s*\[{])+)(?:\*(?P<share>\d+))?"
+    r"(?:\[(?P<part>\d+)/(?P<parts>\d+)\])?(?: (?P<op>\w+))?"
 )
 
 

@@ -528,19 +528,19 @@ class _Planner:
         }
         names = targets(self.family, specs)
         for source in sources:
+            if source.adapter is None:
+                continue
             try:
-                self._match_adapter(source, match(source.adapter, names))
+                self._match_adapter(source, source.adapter, match(source.adapter, names))
             except ManyErrors as exc:
                 self.errors += [error.at(source.ref.where) for error in exc.errors]
             except CkptError as exc:
                 self.errors.append(exc.at(source.ref.where))
 
-    def _match_adapter(self, source: Source, found: Match) -> None:
-        file = source.adapter
-        if file is None:
-            return
+    def _match_adapter(self, source: Source, file: AdapterFile, found: Match) -> None:
         where = source.ref.where
-        taken = [name for name in found.placed if self.family.component_of(name) in self.recipe.take]
+        component_of = self.family.component_of
+        taken = [name for name in found.placed if component_of(name) in self.recipe.take]
         if found.unmatched:
             error = unmatched_error(source.name, file, found, where=where)
             if not source.ref.allow_unmatched or not found.placed:

@@ -12,8 +12,7 @@ from typing import Literal, TypeAlias
 
 from ckptools.formula import AdapterDelta, Applied, Baked, Leaf, Linear
 from ckptools.lora.dora import Reading
-from ckptools.lora.group import Module
-from ckptools.lora.names import Target
+from ckptools.lora.match import Placed
 from ckptools.tensors import TensorSpec
 
 Precision = Literal["F32", "F64"]
@@ -41,21 +40,16 @@ class Apply:
 
 
 @dataclass(frozen=True)
-class Change:
-    """What one module of an adapter does to one tensor.
+class Change(Placed):
+    """What one module of an adapter does to one tensor, with what it takes to do it.
 
     parts   canonical part -> the adapter's tensor
     scale   what multiplies the module's change, before the user's strength
-    shape   of the weight the change is for (fewer input channels than the target's are possible)
-    bias    whether this is the change of the module's bias
+    dora    how a DoRA's norm is read
     """
 
-    module: Module
-    parts: tuple[tuple[str, Read], ...]
-    scale: float
-    target: Target
-    shape: tuple[int, ...]
-    bias: bool = False
+    parts: tuple[tuple[str, Read], ...] = ()
+    scale: float = 1.0
     dora: Reading = "trained"
 
 

@@ -564,9 +564,7 @@ def _models(reader: _Reader, node: yaml.Node | None) -> dict[str, ModelRef]:
     return models
 
 
-def _model(
-    reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: str
-) -> ModelRef:
+def _model(reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: str) -> ModelRef:
     """One source, from the nodes of its keys."""
     what = "" if name.startswith("loras[") else "model "
     text = {

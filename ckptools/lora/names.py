@@ -11,13 +11,15 @@ never turned back into dots. Knows names and shapes, no values: no torch here.
 
 What `split_key` moves out of old diffusers names (`processor`, `to_out_lora`) is no concern here.
 
-Sources of the prefixes: kohya sd-scripts 48d368f `networks/lora.py`, `networks/oft.py`; OneTrainer's
-conversion tables (omi_model_standards, `convert_sdxl_lora.py`, `convert_flux_lora.py`); LyCORIS 4.1
-`wrapper.py`; diffusers 0.42 `loaders/lora_pipeline.py`; cloneofsimo/lora `lora.py`.
+Sources of the prefixes: kohya sd-scripts 48d368f `networks/lora.py`, `networks/oft.py`; the tables
+by which OneTrainer converts (omi_model_standards, `convert_sdxl_lora.py`, `convert_flux_lora.py`);
+LyCORIS 4.1 `wrapper.py`; diffusers 0.42 `loaders/lora_pipeline.py`; ComfyUI `comfy/lora.py`;
+cloneofsimo/lora `lora.py`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,17 +66,14 @@ class Target:
     takes_fewer_inputs: bool = False
 
     def shape_for(self, columns: int | None) -> tuple[int, ...]:
-        """The shape of the weight that a change of so many columns (inputs × kernel) is for.
+        """The shape of the weight that a change of so many columns (inputs times kernel) is for.
 
         It is `shape`, but on an inpainting model's first convolution, [320, 9, 3, 3], where 36
         columns mean [320, 4, 3, 3]: `index` says where those are.
         """
         if columns is None or not self.takes_fewer_inputs or len(self.shape) < 2:
             return self.shape
-        kernel = 1
-        for size in self.shape[2:]:
-            kernel *= size
-        inputs, rest = divmod(columns, kernel)
+        inputs, rest = divmod(columns, math.prod(self.shape[2:]))
         if rest or not 0 < inputs < self.shape[1]:
             return self.shape
         return (self.shape[0], inputs, *self.shape[2:])

@@ -476,12 +476,12 @@ class Engine:
             data = scratch.input(number).view(_byte_offset(read.spec, length))
             self._read(read, piece.begin, data.data)
             inputs.append(as_tensor(data, read.spec.dtype))
-        if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(piece.task, program.reads, inputs)
         shape = piece.task.spec.shape
         for changes in program.deltas:
             parts = [self._parts(change, program.precision, scratch) for change in changes]
             inputs.append(delta_elements(changes, parts, shape, piece.begin, piece.end))
+        if any(True for _ in applied_in(program.mix)):
+            self._check_inputs(piece.task, inputs)
         result = as_tensor(out, piece.task.spec.dtype)
         if program.mix.terms == ((1.0, 0),):
             store(inputs[0], result)
@@ -498,14 +498,18 @@ class Engine:
         if isinstance(program, Compute):
             store(self._whole_result(task, program, None).view(task.spec.shape), result)
         elif isinstance(program, Widen):
-            channels = program.channels
-            store(self._load(program.extra), result)
-            store(self._whole_result(task, program.common, channels), result[:, :channels])
+            channels, common = program.channels, program.common
+            wide = self._load(program.extra).to(torch_dtype(common.precision))
+            wide[:, :channels] = self._whole_result(task, common, channels)
+            for weight, changes in program.deltas:
+                parts = [self._parts(change, common.precision) for change in changes]
+                shape = task.spec.shape
+                delta = delta_elements(changes, parts, shape, 0, wide.numel()).view(shape)
+                wide += delta * weight
+            store(wide, result)
 
     def _whole_result(self, task: Task, program: Compute, channels: int | None) -> Tensor:
         inputs = [self._load(read) for read in program.reads]
-        if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(task, program.reads, inputs)
         if channels is not None:
             inputs = [tensor[:, :channels].contiguous() for tensor in inputs]
         else:
@@ -515,11 +519,15 @@ class Engine:
             parts = [self._parts(change, program.precision) for change in changes]
             delta = delta_elements(changes, parts, shape, 0, inputs[0].numel())
             inputs.append(delta.view(shape))
+        if any(True for _ in applied_in(program.mix)):
+            self._check_inputs(task, inputs)
 
         def bake(node: Bake, weight: Tensor) -> Tensor:
             for change in node.changes:
                 parts = self._parts(change, program.precision)
                 bake_change(change, parts, weight, node.strength)
+            if any(True for _ in applied_in(program.mix)):
+                self._check_inputs(task, [weight])
             return weight
 
         random = self._random(task)(0, shape)
@@ -539,7 +547,9 @@ class Engine:
         parts = {}
         for part, read in change.parts:
             values = self._load(read)
-            parts[part] = values.to(torch_dtype(precision)) if read.spec.is_float else values
+            if read.spec.is_float:  # copied even so: matrix products depend on the alignment
+                values = values.to(torch_dtype(precision), copy=True)
+            parts[part] = values
         if scratch is not None:
             scratch.parts = (key, parts)
         return parts
@@ -549,7 +559,7 @@ class Engine:
         self._read(read, 0, data.data)
         return as_tensor(data, read.spec.dtype).view(read.spec.shape)
 
-    def _check_inputs(self, task: Task, reads: Sequence[Read], inputs: Sequence[Tensor]) -> None:
+    def _check_inputs(self, task: Task, inputs: Sequence[Tensor]) -> None:
         """Methods with comparisons can swallow a NaN, so theirs are looked for beforehand."""
         if self._settings.allow_nonfinite:
             return
@@ -577,8 +587,9 @@ class Engine:
             bad = self._count_in(read)
             if bad:
                 label = self._labels[read.source]
+                named = f" in {read.name!r}" if read.name != spec.name else ""
                 return NonFiniteError(
-                    f"{label} has {bad:,} NaN or Inf of {read.spec.numel:,} values",
+                    f"{label} has {bad:,} NaN or Inf of {read.spec.numel:,} values{named}",
                     where=spec.name,
                     fix=f"use a sound copy of {label}, or set `allow_nonfinite: true`",
                 )

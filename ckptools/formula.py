@@ -383,7 +383,9 @@ class _Checker:
                 BAKE_USAGE,
             )
         if weight.kind != "scalar":
-            raise self._formula.error("bake: weight must be a number", bake.weight.column)
+            raise self._formula.error(
+                "bake: weight must be a number", bake.weight.column, "such as weight=0.8"
+            )
         if not isinstance(bake.adapter, Name) or bake.adapter.id not in self._scope.models:
             known = nearest(getattr(bake.adapter, "id", ""), sorted(self._scope.models))
             raise self._formula.error(
@@ -761,6 +763,17 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
 
 def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:
     """The names of `models:` that stand where an adapter is wanted, through `let`s."""
+    return _names_by_role(formula, scope)[1]
+
+
+def model_names(formula: Formula, scope: Scope) -> frozenset[str]:
+    """The names of `models:` that stand where a model is wanted, through `let`s."""
+    return _names_by_role(formula, scope)[0]
+
+
+def _names_by_role(formula: Formula, scope: Scope) -> tuple[frozenset[str], frozenset[str]]:
+    """(models, adapters)."""
+    models: set[str] = set()
     found: set[str] = set()
     seen: set[str] = set()
 
@@ -769,6 +782,8 @@ def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:
             case Name(id=name) if name in scope.lets and name not in seen:
                 seen.add(name)
                 walk(scope.lets[name].tree, scope.lets[name])
+            case Name(id=name) if name in scope.models:
+                models.add(name)
             case Binary(left=left, right=right):
                 walk(left, inside)
                 walk(right, inside)
@@ -782,7 +797,7 @@ def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:
                     walk(part, inside)
 
     walk(formula.tree, formula)
-    return frozenset(found)
+    return frozenset(models), frozenset(found)
 
 
 def is_scalar(expr: Expr, scope: Scope) -> bool:

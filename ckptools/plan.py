@@ -35,14 +35,15 @@ from ckptools.formula import (
     Linear,
     adapter_names,
     base_model,
+    model_names,
     specialise,
     used_names,
 )
 from ckptools.keymap import key_map_ids
-from ckptools.lora.group import AdapterFile, group, scale_of
+from ckptools.lora.group import AdapterFile, Module, group, scale_of
 from ckptools.lora.kinds import load_kinds
 from ckptools.lora.match import Match, match, unmatched_error
-from ckptools.lora.names import fitting_families, targets
+from ckptools.lora.names import Fit, fitting_families, targets
 from ckptools.methods import load_methods
 from ckptools.program import (
     MAX_F32_TERMS,
@@ -60,7 +61,7 @@ from ckptools.program import (
     compile_mix,
     reads_of,
 )
-from ckptools.recipe import ModelRef, Recipe
+from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.tensors import TensorSpec
 from ckptools.writer import index_path, shard_paths, split_shards
@@ -111,18 +112,42 @@ class Source:
 
 def adapter_title(file: AdapterFile) -> str:
     """What an adapter is, in words: "LoRA of rank 32, for sdxl"."""
-    kinds = Counter(
-        "DoRA" if module.dora else load_kinds()[module.kind].title
-        for module in file.modules.values()
-    )
-    ranks = sorted({module.rank for module in file.modules.values() if module.rank is not None})
-    columns = {name: module.measure.columns for name, module in file.modules.items()}
-    bases = " or ".join(dict.fromkeys(fit.family for fit in fitting_families(columns)))
-    title = " and ".join(kind for kind, _ in kinds.most_common())
+    bases = " or ".join(fit.family for fit in adapter_bases(file))
+    title = " and ".join(adapter_kinds(file))
+    ranks = adapter_ranks(file)
     if ranks:
-        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        title += f" of rank {span}"
+        title += f" of rank {span(ranks)}"
     return title + (f", for {bases}" if bases else "")
+
+
+def adapter_kinds(file: AdapterFile) -> tuple[str, ...]:
+    """The kinds of an adapter's modules, in words, commonest first."""
+    kinds = Counter(map(module_kind, file.modules.values()))
+    return tuple(kind for kind, _ in kinds.most_common())
+
+
+def module_kind(module: Module) -> str:
+    """What a module is, in words: "DoRA", "LoHa"."""
+    return "DoRA" if module.dora else load_kinds()[module.kind].title
+
+
+def adapter_ranks(file: AdapterFile) -> tuple[int, ...]:
+    """The ranks of an adapter's modules, ascending, each once."""
+    ranks = {module.rank for module in file.modules.values() if module.rank is not None}
+    return tuple(sorted(ranks))
+
+
+def adapter_bases(file: AdapterFile) -> tuple[Fit, ...]:
+    """The families an adapter may be for; () where nothing tells."""
+    columns = {name: module.measure.columns for name, module in file.modules.items()}
+    return fitting_families(columns)
+
+
+def span(numbers: Sequence[float]) -> str:
+    """Ascending numbers as the one that they are, or the first and the last."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:g}"
+    return f"{numbers[0]:g} to {numbers[-1]:g}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,28 @@ class Baking:
     source: Source
     match: Match
     scales: Mapping[str, float]
+
+    @property
+    def file(self) -> AdapterFile:
+        """The adapter's modules."""
+        if self.source.adapter is None:
+            raise TypeError(f"{self.source.name} is not an adapter")
+        return self.source.adapter
+
+    @property
+    def matched(self) -> dict[str, int]:
+        """Component of the model -> modules that go into it."""
+        found = {
+            (placed.target.component, placed.module.name): None
+            for places in self.match.placed.values()
+            for placed in places
+        }
+        return dict(Counter(component for component, _ in found))
+
+    @property
+    def used_scales(self) -> tuple[float, ...]:
+        """The scales of its modules, ascending, each once."""
+        return tuple(sorted(set(self.scales.values())))
 
 
 @dataclass(frozen=True)
@@ -230,6 +277,66 @@ def _whole_bytes(step: Step) -> int:
     return stored + (len(program.reads) + scratch) * step.spec.numel * width
 
 
+@dataclass(frozen=True)
+class AppliedChange:
+    """One module of an adapter, as it changes one tensor of a plan."""
+
+    adapter: str
+    change: Change
+    weight: float
+
+
+def changes_in(plan: Plan, step: Step) -> tuple[AppliedChange, ...]:
+    """The adapter modules that change a step's tensor, with the weights they have there."""
+    bakings = {baking.source.name: baking for baking in plan.bakings}
+    found: list[AppliedChange] = []
+    for adapter, weight in _weights_in(step.form) if step.form is not None else ():
+        source = bakings[adapter].source
+        index = plan.sources.index(source)
+        changes = _changes_of(bakings[adapter], index, _canonical_of(plan, step))
+        found += [AppliedChange(adapter, change, weight) for change in changes]
+    return tuple(found)
+
+
+def _canonical_of(plan: Plan, step: Step) -> str:
+    own = {actual: name for name, actual in plan.base.names.items()}
+    return own.get(step.spec.name, step.spec.name)
+
+
+def _weights_in(form: Linear) -> Iterator[tuple[str, float]]:
+    """(adapter, weight) of every adapter in a form, nested ones included."""
+    for leaf, value in form.terms:
+        match leaf:
+            case AdapterDelta(adapter=adapter):
+                yield adapter, value
+            case Baked(model=model, adapter=adapter, strength=strength):
+                yield from _weights_in(model)
+                yield adapter, strength
+            case Applied(models=models):
+                for model in models:
+                    yield from _weights_in(model)
+
+
+def _changes_of(baking: Baking, index: int, name: str) -> tuple[Change, ...]:
+    """What an adapter, source number `index`, does to one tensor."""
+    source = baking.source
+    return tuple(
+        Change(
+            module=placed.module,
+            parts=tuple(
+                (part, Read(index, tensor, source.checkpoint[tensor]))
+                for part, tensor in placed.module.arrays.items()
+            ),
+            scale=baking.scales[placed.module.name],
+            target=placed.target,
+            shape=placed.shape,
+            bias=placed.bias,
+            dora=source.ref.dora,
+        )
+        for placed in baking.match.placed.get(name, ())
+    )
+
+
 # --- opening -----------------------------------------------------------------------------------
 
 
@@ -238,19 +345,49 @@ def open_sources(recipe: Recipe) -> tuple[Source, ...]:
     sources: list[Source] = []
     errors: list[CkptError] = []
     adapters = adapter_names(recipe.result, recipe.scope)
+    _check_roles(recipe, adapters)
     for ref in recipe.models.values():
+        is_adapter = ref.name in adapters
         try:
-            open_one = _open_adapter if ref.name in adapters else _open_source
-            sources.append(open_one(recipe, ref))
+            sources.append((_open_adapter if is_adapter else _open_source)(recipe, ref))
         except CkptError as exc:
-            exc.what = f"model {ref.name!r}: {exc.what}"
-            exc.where = f"{ref.where}: {exc.where}" if exc.where else ref.where
-            errors.append(exc)
+            noun = "adapter" if is_adapter else "model"
+            errors += _grouped([_of_source(ref, noun, one) for one in _each_of(exc)])
     if errors:
         for source in sources:
             source.checkpoint.close()
     raise_all(errors)
     return tuple(sources)
+
+
+def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
+    """A name is a model or an adapter, not both."""
+    named = (recipe.base, *model_names(recipe.result, recipe.scope))
+    models = dict.fromkeys(named, recipe.merge.where) | dict(recipe.take.values())
+    raise_all(
+        [
+            RecipeError(
+                f"{name!r} is baked as an adapter, and used as a model as well",
+                where=models[name],
+                fix="give the model and the adapter a name each",
+            )
+            for name in sorted(adapters)
+            if name in models
+        ]
+    )
+
+
+def _each_of(error: CkptError) -> tuple[CkptError, ...]:
+    return error.errors if isinstance(error, ManyErrors) else (error,)
+
+
+def _of_source(ref: ModelRef, noun: str, error: CkptError) -> CkptError:
+    """The error, with the recipe's line and name for the source that it is about."""
+    error.what = f"{noun} {ref.name!r}: {error.what}"
+    error.where = f"{ref.where}: {error.where}" if error.where else ref.where
+    if noun == "adapter" and not error.fix:
+        error.fix = "download the file again, or ask its author"
+    return error
 
 
 def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
@@ -271,7 +408,7 @@ def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
 
 def _config_beside(path: Path) -> dict[str, object] | None:
     """PEFT's `adapter_config.json` in the adapter's folder, if there is one."""
-    config = path.parent / "adapter_config.json"
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
     if not config.is_file():
         return None
     try:
@@ -471,10 +608,10 @@ class _Planner:
         mergeable = [
             name
             for name in names
-            if self.family.component_of(name) not in self.recipe.take
-            and name in self.base.names
-            and self.base.checkpoint[self.base.names[name]].is_float
+            if name in self.base.names and self.base.checkpoint[self.base.names[name]].is_float
         ]
+        own = [n for n in mergeable if self.family.component_of(n) not in self.recipe.take]
+        weights = {lora_weight(source.name) for source in self.sources}
         used = set(used_names(self.recipe.result, self.recipe.scope))
         for ref in self.recipe.params.values():
             if ref.name not in used:
@@ -485,7 +622,7 @@ class _Planner:
                     lines = (*mbw_lines(ref.mbw, self.family, ref.where), *lines)
                 self.params[ref.name] = compile_param(
                     Param(lines), name_of_param=ref.name, family=self.family,
-                    names=mergeable, compat=self.recipe.compat,
+                    names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
                 )  # fmt: skip
             except ManyErrors as exc:
                 self.errors += exc.errors
@@ -517,44 +654,93 @@ class _Planner:
                 InputError(
                     f"adapters need a known family; {self.base.name} is {self.base.title}",
                     where=sources[0].ref.where,
+                    fix=f"the families with names for adapters: {', '.join(key_map_ids())}",
                 )
             )
             return
         if not sources:
             return
-        specs = {
-            name: replace(self.base.checkpoint[own], name=name)
-            for name, own in self.base.names.items()
-        }
-        names = targets(self.family, specs)
+        names = targets(self.family, self._adapter_specs())
         for source in sources:
             if source.adapter is None:
                 continue
             try:
                 self._match_adapter(source, source.adapter, match(source.adapter, names))
-            except ManyErrors as exc:
-                self.errors += [error.at(source.ref.where) for error in exc.errors]
             except CkptError as exc:
-                self.errors.append(exc.at(source.ref.where))
+                self.errors += self._misfits(source, source.adapter, _each_of(exc))
+
+    def _misfits(
+        self, source: Source, file: AdapterFile, errors: Sequence[CkptError]
+    ) -> list[CkptError]:
+        """The errors of laying an adapter over the model; one, where it is for another family."""
+        foreign = self._foreign(file)
+        if not foreign:
+            return [_of_source(source.ref, "adapter", error) for error in errors]
+        return [
+            InputError(
+                f"{source.name} is for {foreign}, the model is {self.family.id}: "
+                f"{errors[0].where} {errors[0].what}",
+                where=source.ref.where,
+                fix="use the base model it was trained for",
+            )
+        ]
+
+    def _foreign(self, file: AdapterFile) -> str:
+        """The family that an adapter is for, where that is another than the model's; else ""."""
+        fits = adapter_bases(file)
+        if not fits or self.family.id in (fit.family for fit in fits):
+            return ""
+        return " or ".join(f"{fit.family} ({fit.reason})" for fit in fits)
+
+    def _adapter_specs(self) -> dict[str, TensorSpec]:
+        """The base's tensors as adapters meet them: with the input channels of the result."""
+        specs = {
+            name: replace(self.base.checkpoint[own], name=name)
+            for name, own in self.base.names.items()
+        }
+        for name, spec in specs.items():
+            if self._may_widen(name, spec) and self.family.component_of(name) not in (
+                self.recipe.take
+            ):
+                reads = [self._read(self.by_name[m], name) for m in self.used if self._has(m, name)]
+                if _differ_in_channels([*reads, self._read(self.base, name)]):
+                    channels = max([spec.shape[1], *(read.spec.shape[1] for read in reads)])
+                    specs[name] = replace(spec, shape=(spec.shape[0], channels, *spec.shape[2:]))
+        return specs
 
     def _match_adapter(self, source: Source, file: AdapterFile, found: Match) -> None:
         where = source.ref.where
         component_of = self.family.component_of
-        taken = [name for name in found.placed if component_of(name) in self.recipe.take]
+        taken = [
+            name
+            for name in found.placed
+            if component_of(name) in self.recipe.take and self._has_weight(source.name, name)
+        ]
         if found.unmatched:
             error = unmatched_error(source.name, file, found, where=where)
             if not source.ref.allow_unmatched or not found.placed:
                 self.errors.append(error)
             else:
                 self.warnings.append(f"{error.what}: left out")
+        foreign = self._foreign(file)
+        if foreign and (source.ref.allow_unmatched or not found.unmatched):
+            self.warnings.append(
+                f"{source.name} is for {foreign}, the model is {self.family.id}: "
+                "what its modules have in common may mean something else here"
+            )
         if taken:
-            component = self.family.component_of(taken[0])
+            component = component_of(taken[0])
+            advice = (
+                "set its weight to 0"
+                if lora_weight(source.name) in self.params
+                else ("bake it through `loras:` with the weight 0")
+            )
             self.errors.append(
                 InputError(
                     f"{source.name} changes {len(taken):,} tensors of {component}, which is taken "
                     "byte for byte",
                     where=where,
-                    fix=f"set its weight to 0 for {component}, or leave out `take`",
+                    fix=f"{advice} for {component}, or leave out `take`",
                 )
             )
         for note in file.notes:
@@ -570,25 +756,14 @@ class _Planner:
         }
         self.bakings[source.name] = Baking(source, found, MappingProxyType(scales))
 
+    def _has_weight(self, adapter: str, name: str) -> bool:
+        """Whether an adapter of `loras:` has another weight than 0 for a tensor."""
+        weight = self.params.get(lora_weight(adapter))
+        return weight is None or weight.line_of(name).value != 0.0
+
     def _changes(self, adapter: str, name: str) -> tuple[Change, ...]:
         """What an adapter does to one tensor."""
-        baking = self.bakings[adapter]
-        source = baking.source
-        return tuple(
-            Change(
-                module=placed.module,
-                parts=tuple(
-                    (part, Read(self.index[adapter], tensor, source.checkpoint[tensor]))
-                    for part, tensor in placed.module.arrays.items()
-                ),
-                scale=baking.scales[placed.module.name],
-                target=placed.target,
-                shape=placed.shape,
-                bias=placed.bias,
-                dora=source.ref.dora,
-            )
-            for placed in baking.match.placed.get(name, ())
-        )
+        return _changes_of(self.bakings[adapter], self.index[adapter], name)
 
     def _resolved(self, form: Linear, name: str) -> Linear:
         """The form with every adapter as what it is for this tensor: nothing, a delta, or a bake.
@@ -596,7 +771,7 @@ class _Planner:
         Adapters that do not depend on the weights become deltas, so that they commute and the
         weights under them keep their place in the sum.
         """
-        if not self.bakings or not any(isinstance(leaf, Baked) for leaf, _ in form.terms):
+        if not self.bakings:
             return form
         result = Linear(())
         for leaf, value in form.terms:
@@ -604,6 +779,9 @@ class _Planner:
         return result
 
     def _resolved_leaf(self, leaf: Leaf, name: str) -> Linear:
+        if isinstance(leaf, Applied):
+            models = tuple(self._resolved(model, name) for model in leaf.models)
+            return Linear.of(replace(leaf, models=models))
         if not isinstance(leaf, Baked):
             return Linear.of(leaf)
         model = self._resolved(leaf.model, name)
@@ -830,7 +1008,7 @@ class _Planner:
         if not self.recipe.strict:
             return
         for step in steps:
-            if step.action == "carried" and "lack" in step.why:
+            if _lacks(step):
                 self.errors.append(
                     InputError(
                         f"strict: {step.why}",
@@ -890,8 +1068,22 @@ class _Planner:
                 )
             self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
         self._tell_taken(plan)
+        self._tell_adapters(plan)
         if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:
             self.warnings.append("nothing is merged: every tensor is copied or carried")
+
+    def _tell_adapters(self, plan: Plan) -> None:
+        working = {
+            leaf.adapter
+            for step in plan.steps
+            if step.form is not None
+            for leaf in _adapters_in(step.form)
+        }
+        self.warnings += [
+            f"{name} changes nothing: its weight is 0 for all that it has modules for"
+            for name in self.bakings
+            if name not in working
+        ]
 
     def _tell_taken(self, plan: Plan) -> None:
         for component, (model, _) in self.recipe.take.items():
@@ -917,9 +1109,32 @@ class _WideStep:
 
     def __call__(self, form: Linear, models: Sequence[str], reads: Sequence[Read]) -> Step:
         narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
-        common = self.planner._compute(form, models, reads, narrow, self.name)
-        program = Widen(common, self.extra, self.channels)
+        wide = [term for term in form.terms if isinstance(term[0], AdapterDelta)]
+        rest = Linear(tuple(term for term in form.terms if term not in wide))
+        common = self.planner._compute(rest, models, reads, narrow, self.name)
+        changes_of = self.planner._changes
+        deltas = tuple(
+            (weight, changes_of(leaf.adapter, self.name))
+            for leaf, weight in wide
+            if isinstance(leaf, AdapterDelta)
+        )
+        for leaf in _adapters_in(rest):
+            changes = changes_of(leaf.adapter, self.name)
+            if any(change.shape[1:2] == self.spec.shape[1:2] for change in changes):
+                self._refuse(leaf.adapter)
+        program = Widen(common, self.extra, self.channels, deltas)
         return _bare(self.spec, "merged", program, "common input channels merged, the rest kept")
+
+    def _refuse(self, adapter: str) -> None:
+        """A change that reads the weight, or is inside a method, would need all channels there."""
+        self.planner.errors.append(
+            InputError(
+                f"{adapter} changes all {self.spec.shape[1]} input channels, of which only "
+                f"{self.channels} are merged",
+                where=self.spec.name,
+                fix="bake it into the finished model, in a second recipe",
+            )
+        )
 
 
 _NOTHING = Copy(Read(0, "", TensorSpec("", "U8", (0,))))
@@ -1038,8 +1253,13 @@ def _find_in(source: Source, name: str, component: str, family: Family) -> str |
     return None
 
 
+def _lacks(step: Step) -> bool:
+    """Whether a tensor is the base's because another model lacks it."""
+    return step.action in ("carried", "merged") and "lack" in step.why
+
+
 def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
-    reasons = Counter(s.why for s in steps if s.action == "carried" and "lack" in s.why)
+    reasons = Counter(step.why for step in steps if _lacks(step))
     return dict(reasons)
 
 

@@ -112,11 +112,13 @@ class Widen:
     """`common` over the first input channels, the rest of them from `extra`, unscaled.
 
     common's reads may have more channels than `channels`; only the first ones take part.
+    deltas  what adapters for all channels add at the end: (weight, changes)
     """
 
     common: Compute
     extra: Read
     channels: int
+    deltas: tuple[tuple[float, tuple[Change, ...]], ...] = ()
 
 
 Program: TypeAlias = Copy | PositionIds | Compute | Widen
@@ -130,9 +132,14 @@ def reads_of(program: Program) -> tuple[Read, ...]:
         case Compute(mix=mix, reads=reads, deltas=deltas):
             changes = [change for delta in deltas for change in delta]
             changes += [change for bake in baked_in(mix) for change in bake.changes]
-            return (*reads, *(read for change in changes for _, read in change.parts))
-        case Widen(common=common, extra=extra):
-            return (*reads_of(common), extra)
+            return (*reads, *_parts_of(changes))
+        case Widen(common=common, extra=extra, deltas=wide):
+            changes = [change for _, delta in wide for change in delta]
+            return (*reads_of(common), extra, *_parts_of(changes))
+
+
+def _parts_of(changes: Sequence[Change]) -> tuple[Read, ...]:
+    return tuple(read for change in changes for _, read in change.parts)
 
 
 def compile_mix(

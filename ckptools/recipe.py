@@ -113,6 +113,7 @@ class Recipe:
            are among the models as loras[0] …, with parameters loras[0].weight …
     base   the model that gives the list of tensors, the metadata and the carried values
     take   component -> model whose tensors are taken byte for byte
+    loras  the names of the adapters of `loras:` among the models, in order
     """
 
     path: Path
@@ -131,6 +132,7 @@ class Recipe:
     compat: str = ""
     compat_where: str = ""
     warnings: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
     def file_of(self, model: ModelRef) -> Path:
         """The path of a model, resolved against the recipe's folder; `~` is expanded."""
@@ -501,6 +503,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         compat=compat or "",
         compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
         warnings=warnings,
+        loras=tuple(loras),
     )
 
 
@@ -566,9 +569,9 @@ def _models(reader: _Reader, node: yaml.Node | None) -> dict[str, ModelRef]:
 
 def _model(reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: str) -> ModelRef:
     """One source, from the nodes of its keys."""
-    what = "" if name.startswith("loras[") else "model "
+    what = name if name.startswith("loras[") else f"model {name!r}"
     text = {
-        key: reader.text(fields[key], f"`{key}` of {what}{name}") or ""
+        key: reader.text(fields[key], f"`{key}` of {what}") or ""
         for key in ("path", "sha256", "revision", "config")
         if key in fields
     }
@@ -620,7 +623,12 @@ def _loras(
         weights[lora_weight(name)] = (
             _param(reader, lora_weight(name), weight)
             if weight is not None
-            else ParamRef(name, (ParamLine("default", 1.0, reader.where(item)),), (), "")
+            else ParamRef(
+                lora_weight(name),
+                (ParamLine("default", 1.0, reader.where(item)),),
+                (),
+                reader.where(item),
+            )
         )
     return refs, weights
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ckptools.family import Family
     from ckptools.methods import Method
-    from ckptools.plan import Plan, Source, Step
+    from ckptools.plan import Baking, Plan, Source, Step
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
@@ -153,6 +153,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
         "variant": plan.variant,
         "base": plan.base.name,
         "models": {source.name: _source_json(source) for source in plan.sources},
+        "adapters": {baking.source.name: _baking_json(baking) for baking in plan.bakings},
         "tensors": plan.counts,
         "components": {
             component: {
@@ -183,6 +184,21 @@ def _source_json(source: Source) -> dict[str, object]:
         "variant": detection.variant,
         "evidence": list(detection.evidence),
         "rejected": [{"family": r.family, "reason": r.reason} for r in detection.rejected],
+    }
+
+
+def _baking_json(baking: Baking) -> dict[str, object]:
+    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks
+
+    file = baking.file
+    return {
+        "kind": list(adapter_kinds(file)),
+        "base": [fit.family for fit in adapter_bases(file)],
+        "modules": len(file.modules),
+        "ranks": list(adapter_ranks(file)),
+        "scales": list(baking.used_scales),
+        "matched": baking.matched,
+        "unmatched": list(baking.match.unmatched),
     }
 
 
@@ -220,6 +236,8 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         size = gigabytes(source.checkpoint.file_bytes)
         _row(models, source.name, source.checkpoint.path.name, source.title, size)
     _show_table(models)
+    if plan.bakings:
+        _show_adapters(plan)
     table = _table("component", "merged", "copied", "cast", "carried", "size", "stored as",
                    "formula", numbers=(1, 2, 3, 4, 5))  # fmt: skip
     for component, steps in _by_component(plan).items():
@@ -241,6 +259,21 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         show_line(f"warning: {warning}")
     if details:
         _show_unmerged(plan)
+
+
+def _show_adapters(plan: Plan) -> None:
+    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks, span
+
+    table = _table("adapter", "kind", "for", "rank", "scale", "modules", numbers=(3, 4))
+    for baking in plan.bakings:
+        file, ranks = baking.file, adapter_ranks(baking.file)
+        bases = " or ".join(fit.family for fit in adapter_bases(file)) or "·"
+        parts = [f"{count:,} in {component}" for component, count in baking.matched.items()]
+        if baking.match.unmatched:
+            parts.append(f"{len(baking.match.unmatched):,} match nothing")
+        _row(table, baking.source.name, " and ".join(adapter_kinds(file)), bases,
+             span(ranks) if ranks else "·", span(baking.used_scales), ", ".join(parts))  # fmt: skip
+    _show_table(table)
 
 
 def _show_unmerged(plan: Plan) -> None:
@@ -269,6 +302,7 @@ def _forms_text(steps: Sequence[Step]) -> list[str]:
 
 def explain_json(plan: Plan, step: Step) -> dict[str, object]:
     """One tensor's step as data."""
+    from ckptools.plan import changes_in, module_kind
     from ckptools.program import reads_of
 
     return {
@@ -285,6 +319,17 @@ def explain_json(plan: Plan, step: Step) -> dict[str, object]:
             name: {"value": line.value, "selector": line.selector, "where": line.where}
             for name, line in step.lines.items()
         },
+        "adapters": [
+            {
+                "adapter": one.adapter,
+                "module": one.change.module.name,
+                "kind": module_kind(one.change.module),
+                "rank": one.change.module.rank,
+                "scale": one.change.scale,
+                "weight": one.weight,
+            }
+            for one in changes_in(plan, step)
+        ],
         "reads": [
             {
                 "model": plan.sources[read.source].name,
@@ -299,6 +344,7 @@ def explain_json(plan: Plan, step: Step) -> dict[str, object]:
 
 def show_explanation(plan: Plan, step: Step) -> None:
     """The formula with the numbers of one tensor, and which line set each."""
+    from ckptools.plan import changes_in, module_kind
     from ckptools.program import reads_of
 
     show_line(step.spec.name)
@@ -310,6 +356,13 @@ def show_explanation(plan: Plan, step: Step) -> None:
         show_line(f"  here:    {step.form}")
     for name, line in step.lines.items():
         show_line(f"  {name} = {line.value:g}, set by {line.selector!r} at {line.where}")
+    for one in changes_in(plan, step):
+        module = one.change.module
+        rank = f" of rank {module.rank}" if module.rank is not None else ""
+        show_line(
+            f"  {one.adapter}: {module.name}, {module_kind(module)}{rank}, "
+            f"scale {one.change.scale:g}, weight {one.weight:g}"
+        )
     for read in reads_of(step.program):
         show_line(f"  {plan.sources[read.source].name}: {read.name}, {read.spec}")
 

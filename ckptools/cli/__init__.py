@@ -17,7 +17,7 @@ import click
 
 from ckptools.errors import CkptError
 
-_COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema")
+_COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema", "lora")
 _CANCELLED = 130  # as shells report an end by Ctrl-C
 
 
@@ -72,7 +72,8 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
-    command = next((word for word in arguments if not word.startswith("-")), "")
+    words = [word for word in arguments if not word.startswith("-")]
+    command = "-".join(words[: 2 if words[:1] == ["lora"] else 1])
     as_json = bool(command) and "--json" in arguments
     try:
         result = group.main(args=arguments, prog_name="ckptools", standalone_mode=False)

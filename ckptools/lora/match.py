@@ -82,10 +82,15 @@ def _place(module: Module, target: Target) -> list[Placed]:
     shape = target.shape_for(module.measure.columns)
     misfit = module.misfit(shape) if module.touches_weight else ""
     if misfit:
-        raise InputError(f"does not fit {target.tensor}: {misfit}")
+        raise InputError(
+            f"does not fit {target.tensor}: {misfit}", fix="use the base model it was trained for"
+        )
     found = [Placed(module, target, shape)] if module.touches_weight else []
     if module.touches_bias == "needed" and not target.bias:
-        raise InputError(f"changes a bias, and {target.tensor} has none")
+        raise InputError(
+            f"changes a bias, and {target.tensor} has none",
+            fix="use the base model it was trained for",
+        )
     if module.touches_bias != "no" and target.bias:
         found.append(Placed(module, target, shape, bias=True))
     return found
@@ -104,7 +109,7 @@ def unmatched_error(name: str, file: AdapterFile, found: Match, *, where: str) -
     shown = ", ".join(map(repr, found.unmatched[:4])) + (", …" if count > 4 else "")
     columns = {name: file.modules[name].measure.columns for name in found.unmatched}
     fits = fitting_families(columns)
-    told = "; ".join(f"{fit.family} ({fit.reason})" for fit in fits)
+    told = " or ".join(f"{fit.family} ({fit.reason})" for fit in fits)
     return InputError(
         f"{count:,} of {total:,} modules of {name} match nothing in the model: {shown}",
         where=where,

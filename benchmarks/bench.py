@@ -67,7 +67,7 @@ elif case == "add_difference":
 else:
     unet = sd_mecha.weighted_sum(*models, alpha=0.5)
     recipe = sd_mecha.pick_component(unet, "diffuser") | models[0]
-sd_mecha.merge(recipe, output=out, tqdm=lambda *a, **k: __import__("tqdm").tqdm(*a, disable=True, **k))
+sd_mecha.merge(recipe, output=out)
 """
 
 COPY = 'cat "$@" > /dev/null; cp "$1" "$0"'
@@ -203,7 +203,9 @@ def machine() -> str:
         cpu = models[0] if models else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "numpy"))
-    return f"{cpu}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+    return (
+        f"{cpu}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+    )
 
 
 def main() -> None:
@@ -215,7 +217,9 @@ def main() -> None:
     parser.add_argument("--no-warmup", action="store_true")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where to put the files (default: temporary)")
-    parser.add_argument("--write", type=Path, help="a document with bench:begin and bench:end marks")
+    parser.add_argument(
+        "--write", type=Path, help="a document with bench:begin and bench:end marks"
+    )
     options = parser.parse_args()
     peers = find_peers(options.peer_python)
     parts = [f"{machine()}. Medians of {options.runs} runs in turn, after one that is not counted."]

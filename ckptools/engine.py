@@ -233,7 +233,7 @@ class Scratch:
         blocks = self._blocks.setdefault(dtype, [])
         while len(blocks) <= depth:
             blocks.append(torch.empty(BLOCK, dtype=dtype))
-        return blocks[depth][:length]
+        return blocks[depth] if length == BLOCK else blocks[depth][:length]
 
     def shrink(self) -> None:
         """Give back what whole tensors took."""
@@ -287,15 +287,11 @@ class Evaluator:
         return self._mix(mix, inputs, begin, 0)
 
     def _mix(self, mix: Mix, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
-        total = self._scratch.block(depth, self._dtype, len(inputs[0]))
-        for position, (factor, node) in enumerate(mix.terms):
-            if position == 0:
-                term = self._node(node, inputs, begin, depth)
-                if term is not total:
-                    total.copy_(term)
-                if factor != 1.0:
-                    total.mul_(factor)
-                continue
+        (first, node), *rest = mix.terms
+        total = self._node(node, inputs, begin, depth)
+        if first != 1.0:
+            total.mul_(first)
+        for factor, node in rest:
             term = self._node(node, inputs, begin, depth + 1)
             if factor == 1.0:
                 total.add_(term)
@@ -306,7 +302,7 @@ class Evaluator:
         return total
 
     def _node(self, node: Node, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
-        """The value of a node in memory that the caller may change."""
+        """The value of a node, in the block at `depth`."""
         if isinstance(node, int):
             target = self._scratch.block(depth, self._dtype, len(inputs[0]))
             return target.copy_(inputs[node])
@@ -624,6 +620,7 @@ class _Ring:
         self._units = units
         self._free = deque(Buffer() for _ in range(buffers))
         self._done: dict[int, tuple[Buffer, int]] = {}
+        self._working: set[int] = set()
         self._taken = 0
         self._ended = False
         self._changed = threading.Condition()
@@ -640,13 +637,16 @@ class _Ring:
                 self._ended = True
                 self._changed.notify_all()
                 return None
+            number = self._taken
             self._taken += 1
-            return self._taken - 1, unit, self._free.popleft()
+            self._working.add(number)
+            return number, unit, self._free.popleft()
 
     def finish(self, number: int, buffer: Buffer, nbytes: int) -> None:
         """Hand a written buffer over to be hashed."""
         with self._changed:
             self._done[number] = (buffer, nbytes)
+            self._working.discard(number)
             self._changed.notify_all()
 
     def next_done(self, number: int) -> tuple[Buffer, int] | None:
@@ -670,7 +670,13 @@ class _Ring:
         """Stop everybody."""
         with self._changed:
             self.errors.append((number, error))
+            self._working.discard(number)
             self._changed.notify_all()
+
+    def wait_idle(self) -> None:
+        """Wait until no unit is in work; after an error none will be taken up again."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._working)
 
 
 def run(
@@ -707,8 +713,10 @@ def run(
             ring.fail(-1, exc)
             raise
         finally:
+            ring.wait_idle()
             for worker in workers:
-                worker.join()
+                if worker.is_alive():  # an interrupt may have come before it was
+                    worker.join()
     if ring.errors:
         raise min(ring.errors, key=lambda item: item[0])[1]
     return Outcome(digest.hexdigest(), engine.nonfinite, sorted(engine.repaired))

@@ -7,9 +7,11 @@ text: control characters are shown as escapes and nothing is read as markup.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, ManyErrors
@@ -40,6 +42,11 @@ def gigabytes(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def shown_path(path: Path) -> str:
+    """A path without detours: recipes/../out is out."""
+    return os.path.normpath(path)
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -148,7 +155,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
     """The plan's contract keys, and per component and model what there is to know."""
     return {
         "recipe": str(plan.recipe.path),
-        "output": str(plan.recipe.output_path),
+        "output": shown_path(plan.recipe.output_path),
         "family": plan.base.detection.family,
         "variant": plan.variant,
         "base": plan.base.name,
@@ -252,7 +259,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.output_bytes)} "
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
     )
-    show_line(f"output: {plan.recipe.output_path}")
+    show_line(f"output: {shown_path(plan.recipe.output_path)}")
     for note in plan.notes:
         show_line(f"note: {note}")
     for warning in plan.warnings:
@@ -373,11 +380,11 @@ def show_explanation(plan: Plan, step: Step) -> None:
 def merge_json(result: MergeResult) -> dict[str, object]:
     """The contract keys of `merge`."""
     return {
-        "output": str(result.output),
+        "output": shown_path(result.output),
         "sha256_data": result.sha256_data,
         "seconds": round(result.seconds, 3),
         "peak_bytes": result.peak_bytes,
-        "manifest": str(result.manifest),
+        "manifest": shown_path(result.manifest),
         "verified": {"finite": result.finite, "recomputed": result.recomputed},
         "tensors": result.plan.counts,
         "output_bytes": result.plan.output_bytes,
@@ -390,14 +397,14 @@ def show_merge(result: MergeResult) -> None:
     """What was done, in five lines."""
     plan, counts = result.plan, result.plan.counts
     parts = [f"{count:,} {action}" for action, count in counts.items() if count]
-    show_line(f"wrote {result.output} ({gigabytes(plan.output_bytes)})")
+    show_line(f"wrote {shown_path(result.output)} ({gigabytes(plan.output_bytes)})")
     show_line(f"  tensors: {', '.join(parts)}")
     finite = "all values finite" if result.finite else "not all values finite"
     show_line(
         f"  checked: re-read by safetensors, {finite}, {result.recomputed} tensors computed again"
     )
     show_line(f"  sha256 of the data: {result.sha256_data}")
-    show_line(f"  manifest: {result.manifest}")
+    show_line(f"  manifest: {shown_path(result.manifest)}")
     peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
     show_line(f"  {result.seconds:.1f} s{peak}")
 

@@ -330,6 +330,10 @@ def _verify(plan: Plan, layouts: Sequence[Layout], settings: Any, seed: str) -> 
 
 def peak_memory_bytes() -> int:
     """The process's largest resident size so far; 0 where the system does not tell."""
+    status = Path("/proc/self/status")  # `ru_maxrss` counts the parent's memory before exec
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), 0)
     try:
         import resource
     except ImportError:  # Windows

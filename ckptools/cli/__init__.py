@@ -67,7 +67,9 @@ def group() -> None:
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _on_terminate)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is done; its exit code should say so
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

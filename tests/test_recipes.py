@@ -1,0 +1,96 @@
+"""The recipes in `recipes/` and the demo: each runs, on the models that ship with ckptools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ckptools.checkpoint import open_checkpoint
+from ckptools.cli import run
+from ckptools.family import detect
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TINY = ROOT / "ckptools" / "tiny"
+
+
+def test_there_is_a_recipe_for_every_use() -> None:
+    listed = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+    assert len(RECIPES) >= 13
+    assert [path.name for path in RECIPES if f"({path.name})" not in listed] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_gives_a_file_unlike_its_parents(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+
+    assert run(["merge", str(recipe), "-q", "-o", str(output)]) == 0
+
+    merged = output.read_bytes()
+    assert all(merged != path.read_bytes() for path in TINY.glob("*.safetensors"))
+    with open_checkpoint(output) as written:
+        assert detect(written).family == "sd1"
+        assert len(written) == 1131
+
+
+def test_add_difference_is_what_the_formula_says(tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    run(["merge", str(ROOT / "recipes" / "add-difference.yaml"), "-q", "-o", str(output)])
+    a, b, c = (load_file(TINY / f"{name}.safetensors") for name in "ABC")
+    result = load_file(output)
+
+    for name, values in result.items():
+        if values.dtype != np.float16:
+            np.testing.assert_array_equal(values, a[name])
+            continue
+        exact = a[name] + (b[name].astype(float) - c[name]) * 0.8
+        np.testing.assert_array_equal(values, exact.astype(np.float16), err_msg=name)
+
+
+def test_the_inpainting_recipe_takes_nine_channels(tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    run(["merge", str(ROOT / "recipes" / "inpainting.yaml"), "-q", "-o", str(output)])
+    found = detect(open_checkpoint(output))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    inpainting = load_file(TINY / "I.safetensors")
+
+    assert found.variant == "inpainting"
+    np.testing.assert_array_equal(load_file(output)[name][:, 4:], inpainting[name][:, 4:])
+
+
+def test_the_demo_merges_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert run(["demo"]) == 0
+
+    out = capsys.readouterr().out
+    assert "A + (B - C) * M" in out
+    assert "wrote" in out
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        "pastel-outlined.safetensors",
+        "pastel-outlined.safetensors.ckptools.json",
+        "recipe.yaml",
+    ]
+    assert run(["demo"]) == 0  # and again
+
+
+def test_the_tiny_family_is_what_it_says() -> None:
+    """Five models of one layout, fp16, finite, below the sizes that were promised."""
+    files = sorted(TINY.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file())
+
+    assert [path.stem for path in files if len(path.stem) == 1] == ["A", "B", "C", "I", "U"]
+    assert total <= 32_000_000
+    for path in files:
+        assert path.stat().st_size < 12_000_000
+        assert all(
+            np.isfinite(values).all()
+            for values in load_file(path).values()
+            if values.dtype == np.float16
+        )

@@ -29,8 +29,8 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     *("conv1", "conv2"),
 )
-PER_SUBJECT = 8  # pictures of each of the 192 subjects: 1,536
-CAPTIONS_PER_BATCH, PICTURES_PER_CAPTION = 16, 2
+PER_SUBJECT = 4  # pictures of each of the 192 subjects: 768
+CAPTIONS_PER_BATCH, PICTURES_PER_CAPTION = 16, 1
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Lora:
 
 
 LORAS = {
-    "striped": Lora(seed=44, steps=300, lr=4e-3),
-    "glow": Lora(seed=55, steps=300, lr=4e-3),
+    "striped": Lora(seed=44, steps=70, lr=6e-3),
+    "glow": Lora(seed=55, steps=70, lr=6e-3),
 }
 
 
 def draw_latents(member: Member, style: str, seed: int) -> Tensor:
-    """Latents (192, 8, 4, 8, 8) of random pictures in a style, scaled, one row per subject."""
+    """Latents (192, 4, 4, 8, 8) of random pictures in a style, scaled, one row per subject."""
     rng = np.random.default_rng(seed)
     order = [subject for subject in SUBJECTS for _ in range(PER_SUBJECT)]
     pictures = np.stack([draw_picture(rng, subject, style) for subject in order])
@@ -82,19 +82,19 @@ def train_lora(member: Member, name: str) -> None:
     started, losses = time.time(), []
     say(f"{name}: {sum(value.numel() for value in trained)} weights")
     for step in range(lora.steps):
-        optimiser.param_groups[0]["lr"] = lora.lr * cosine(step, lora.steps, warmup=20)
+        optimiser.param_groups[0]["lr"] = lora.lr * cosine(step, lora.steps, warmup=8)
         subjects = rng.integers(len(SUBJECTS), size=CAPTIONS_PER_BATCH)
         captions = torch.from_numpy(draw_captions(rng, subjects))
         rows = torch.from_numpy(subjects.repeat(PICTURES_PER_CAPTION))
         clean = latents[rows, torch.from_numpy(rng.integers(PER_SUBJECT, size=len(rows)))]
-        noise = torch.randn_like(clean)  # (32, 4, 8, 8)
+        noise = torch.randn_like(clean)  # (16, 4, 8, 8)
         times = torch.randint(len(kept), (len(clean),))
         share = kept[times].view(-1, 1, 1, 1)
         states = known_states[captions].repeat_interleave(PICTURES_PER_CAPTION, dim=0)
         with autocast():
             seen = share.sqrt() * clean + (1 - share).sqrt() * noise
             guess = member.unet(seen, times, states).sample.float()
-        errors = (guess - noise).square().mean(dim=(1, 2, 3))  # (32,)
+        errors = (guess - noise).square().mean(dim=(1, 2, 3))  # (16,)
         optimiser.zero_grad(set_to_none=True)
         (weights[times] * errors).mean().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -485,6 +485,7 @@ class _Planner:
         self._widened: list[str] = []
         self._mixes: dict[tuple[Linear, tuple[str, ...]], Mix] = {}
         self.bakings: dict[str, Baking] = {}
+        self._bad_numbers: dict[str, tuple[CkptError, list[str]]] = {}
 
     def plan(self, threads: int, *, force: bool) -> Plan:
         recipe = self.recipe
@@ -495,7 +496,7 @@ class _Planner:
         self._match_adapters()
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
-        raise_all(_grouped(self.errors))
+        raise_all(_grouped([*self._number_errors(), *self._nothing_merged(steps), *self.errors]))
         by_name = {step.spec.name: step for step in steps}
         shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
         paths = shard_paths(recipe.output_path, len(shards))
@@ -831,7 +832,7 @@ class _Planner:
             form, lines = self._form(name)
             form = self._resolved(form, name)
         except CkptError as exc:
-            self.errors.append(exc.at(spec.name))
+            self._bad_numbers.setdefault(str(exc), (exc, []))[1].append(name)
             return _bare(spec, "carried", Copy(own), "")
         lacking = self._lacking(form, name)
         if lacking:
@@ -845,6 +846,31 @@ class _Planner:
             return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
                          else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
         return replace(self._formed(name, spec, form, own), form=form, lines=lines)
+
+    def _number_errors(self) -> Iterator[CkptError]:
+        """What some numbers make impossible, once each, with the lines that set them."""
+        for error, names in self._bad_numbers.values():
+            lines = {param: compiled.line_of(names[0]) for param, compiled in self.params.items()}
+            told = ", ".join(
+                f"{param} = {line.value:g} (set by {line.selector!r} at {line.where})"
+                for param, line in lines.items()
+            )
+            count = f"{len(names):,} tensors, such as {names[0]}" if names[1:] else names[0]
+            fix = f"for {count}: {told}" if told else error.fix or f"for {count}"
+            yield RecipeError(error.what, where=error.where, fix=fix)
+
+    def _nothing_merged(self, steps: Sequence[Step]) -> Iterator[CkptError]:
+        """A base without tensors, and models that have none in common."""
+        if not steps:
+            yield InputError(f"{self.base.name} has no tensors", where=self.base.ref.where)
+        apart = any(step.action == "carried" and "lack" in step.why for step in steps)
+        if apart and len(self.used) > 1 and all(step.action == "carried" for step in steps):
+            parts = [f"{name} is {self.by_name[name].title}" for name in self.used]
+            yield InputError(
+                f"the models have no tensor in common: {', '.join(parts)}",
+                where=self.recipe.merge.where,
+                fix="use models of one family, stored with the same tensor names",
+            )
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._sums[f"{form.total:.6g}"] += 1
@@ -1278,6 +1304,7 @@ def _grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
 def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     where = plan.recipe.output.where
     inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
+    inputs += [source.checkpoint.path for source in plan.sources]  # the index of shards
     for path in plan.outputs:
         if any(_same_file(path, other) for other in inputs):
             yield OutputError(
@@ -1302,8 +1329,8 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     free = shutil.disk_usage(folder).free
     if plan.output_bytes > free:
         yield OutputError(
-            f"the disk is too full: the output needs {plan.output_bytes / 1e9:,.2f} GB, "
-            f"{free / 1e9:,.2f} GB are free",
+            f"the disk is too full: the output needs {plan.output_bytes / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free",
             where=where,
             fix="free some space, or write to another disk",
         )

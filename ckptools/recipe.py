@@ -140,8 +140,12 @@ class Recipe:
 
     @property
     def output_path(self) -> Path:
-        """The output's path, resolved against the recipe's folder."""
-        return self.path.parent / Path(self.output.path).expanduser()
+        """The output's path, resolved against the recipe's folder.
+
+        A symbolic link is followed: it stays, and the file it leads to is replaced.
+        """
+        path = self.path.parent / Path(self.output.path).expanduser()
+        return path.resolve() if path.is_symlink() else path
 
 
 @dataclass(frozen=True)

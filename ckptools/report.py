@@ -387,7 +387,7 @@ def merge_json(result: MergeResult) -> dict[str, object]:
         "manifest": shown_path(result.manifest),
         "verified": {"finite": result.finite, "recomputed": result.recomputed},
         "tensors": result.plan.counts,
-        "output_bytes": result.plan.output_bytes,
+        "output_bytes": result.file_bytes,
         "warnings": list(result.plan.warnings),
         "notes": [*result.plan.notes, *result.notes],
     }
@@ -395,9 +395,9 @@ def merge_json(result: MergeResult) -> dict[str, object]:
 
 def show_merge(result: MergeResult) -> None:
     """What was done, in five lines."""
-    plan, counts = result.plan, result.plan.counts
+    counts = result.plan.counts
     parts = [f"{count:,} {action}" for action, count in counts.items() if count]
-    show_line(f"wrote {shown_path(result.output)} ({gigabytes(plan.output_bytes)})")
+    show_line(f"wrote {shown_path(result.output)} ({gigabytes(result.file_bytes)})")
     show_line(f"  tensors: {', '.join(parts)}")
     finite = "all values finite" if result.finite else "not all values finite"
     show_line(
@@ -407,6 +407,15 @@ def show_merge(result: MergeResult) -> None:
     show_line(f"  manifest: {shown_path(result.manifest)}")
     peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
     show_line(f"  {result.seconds:.1f} s{peak}")
+
+
+class WarningsOnly(Progress):
+    """Says nothing but the plan's warnings, on stderr."""
+
+    def planned(self, plan: Plan) -> None:
+        """Every warning, before the merge begins."""
+        for warning in plan.warnings:
+            show_message(f"warning: {warning}")
 
 
 class BarProgress(Progress):

@@ -18,6 +18,8 @@ import click
 from ckptools.errors import CkptError
 
 _COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema", "lora")
+# A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
+_TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _CANCELLED = 130  # as shells report an end by Ctrl-C
 
 
@@ -66,9 +68,11 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    for number in _TERMINATING:
+        signal.signal(number, _on_terminate)
     code = run(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is done; its exit code should say so
+    for number in _TERMINATING:
+        signal.signal(number, signal.SIG_IGN)  # it is done; its exit code should say so
     sys.exit(code)
 
 

@@ -25,7 +25,7 @@ lint: .venv/.dev
 check: lint test
 
 # Generated parts of the documents: command reference, methods, schema.
-COGGED := README.md docs/commands.md docs/methods.md
+COGGED := README.md docs/commands.md docs/methods.md docs/loras.md
 docs: .venv/.dev
 	$(BIN)/python -m cogapp -r $(COGGED)
 	$(BIN)/ckptools schema > docs/recipe.schema.json

@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 import stat
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ from ckptools.tensors import DTYPES, TensorSpec
 MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 100_000_000
 _U64_MAX = 2**64 - 1
+_STRUCT = {
+    "F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q",
+    "U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BOOL": "<?",
+}  # fmt: skip
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _INDEX_SUFFIX = ".index.json"
 _SNIFF_BYTES = 512
@@ -464,6 +469,31 @@ class SourceFile:
     identity: Identity
 
 
+def _number(data: bytes, dtype: str, name: str) -> float:
+    """One number from its bytes.
+
+    Source of fp8: Micikevicius et al. 2022, arXiv 2209.05433: e5m2 is the upper half of fp16;
+    e4m3 has a bias of 7, no infinity, and NaN only where all bits but the sign are set.
+    """
+    if dtype == "BF16":
+        data, dtype = b"\0\0" + data, "F32"
+    elif dtype == "F8_E5M2":
+        data, dtype = b"\0" + data, "F16"
+    elif dtype == "F8_E4M3":
+        sign, exponent, mantissa = data[0] >> 7, data[0] >> 3 & 15, data[0] & 7
+        size = (
+            math.nan
+            if data[0] & 127 == 127
+            else (math.ldexp(8 + mantissa, exponent - 10) if exponent else math.ldexp(mantissa, -9))
+        )
+        return -size if sign else size
+    if dtype not in _STRUCT:
+        raise InputError(
+            f"{name!r} is {dtype}, which is not read as a number", fix="store it as F32"
+        )
+    return float(struct.unpack(_STRUCT[dtype], data)[0])
+
+
 class Checkpoint(Mapping[str, TensorSpec]):
     """A lazy mapping of tensor names to specs, over one file or many shards.
 
@@ -528,6 +558,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         data = bytearray(self._specs[name].nbytes)
         self.read_into(name, memoryview(data))
         return bytes(data)
+
+    def read_number(self, name: str) -> float:
+        """The value of a tensor that is one number, such as an adapter's alpha."""
+        return _number(self.read(name), self._specs[name].dtype, name)
 
     def check_unchanged(self) -> None:
         """Raise `InputError` if a file was replaced or written to since it was opened."""

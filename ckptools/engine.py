@@ -22,13 +22,18 @@ import numpy as np
 import torch
 
 from ckptools.errors import NonFiniteError
+from ckptools.lora.bake import bake_change, delta_elements
 from ckptools.methods import load_methods
 from ckptools.program import (
     Apply,
+    Bake,
+    Change,
     Compute,
     Copy,
     Mix,
+    Node,
     PositionIds,
+    Precision,
     Program,
     Read,
     Widen,
@@ -207,10 +212,14 @@ def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:
 
 
 class Scratch:
-    """One worker's memory: a buffer per read, and a stack of blocks to compute in."""
+    """One worker's memory: a buffer per read, and a stack of blocks to compute in.
+
+    parts  the adapter module that was loaded last: what identifies it, and its tensors
+    """
 
     def __init__(self) -> None:
         self.inputs: list[Buffer] = []
+        self.parts: tuple[object, dict[str, Tensor]] = (None, {})
         self._blocks: dict[torch.dtype, list[Tensor]] = {}
 
     def input(self, number: int) -> Buffer:
@@ -292,15 +301,15 @@ class Evaluator:
                 total.add_(term.mul_(factor))
         return total
 
-    def _node(
-        self, node: int | Mix | Apply, inputs: Sequence[Tensor], begin: int, depth: int
-    ) -> Tensor:
+    def _node(self, node: Node, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
         """The value of a node, in the block at `depth`."""
         if isinstance(node, int):
             target = self._scratch.block(depth, self._dtype, len(inputs[0]))
             return target.copy_(inputs[node])
         if isinstance(node, Mix):
             return self._mix(node, inputs, begin, depth)
+        if isinstance(node, Bake):
+            raise TypeError("adapters that depend on the weight need the whole of it")
         models = [
             self._mix(model, inputs, begin, depth + 1 + number)
             for number, model in enumerate(node.models)
@@ -310,27 +319,43 @@ class Evaluator:
         return target.copy_(result)
 
 
-def whole_mix(
-    mix: Mix, inputs: Sequence[Tensor], dtype: torch.dtype, random: ElementRandom
-) -> Tensor:
-    """The mix of whole tensors, shape kept; allocates what it needs."""
-    total: Tensor | None = None
-    for factor, node in mix.terms:
-        if isinstance(node, int):
-            term = inputs[node].to(dtype, copy=True)
-        elif isinstance(node, Mix):
-            term = whole_mix(node, inputs, dtype, random)
-        else:
-            models = [whole_mix(model, inputs, dtype, random) for model in node.models]
-            term = call_method(node, models, random)
-            if any(term is model for model in models) or term.dtype != dtype:
-                term = term.to(dtype, copy=True)
-        if factor != 1.0:
-            term.mul_(factor)
-        total = term if total is None else total.add_(term)
-    if total is None:
-        raise ValueError("a mix without terms")
-    return total
+@dataclass(frozen=True)
+class WholeEvaluator:
+    """Evaluates a mix over whole tensors of one shape; allocates what it needs.
+
+    bake  makes an adapter's changes to a tensor that it may change in place
+    """
+
+    dtype: torch.dtype
+    random: ElementRandom
+    bake: Callable[[Bake, Tensor], Tensor]
+
+    def mix(self, mix: Mix, inputs: Sequence[Tensor]) -> Tensor:
+        """The mix of the inputs, shape kept."""
+        total: Tensor | None = None
+        for factor, node in mix.terms:
+            term = self._node(node, inputs)
+            if factor != 1.0:
+                term.mul_(factor)
+            total = term if total is None else total.add_(term)
+        if total is None:
+            raise ValueError("a mix without terms")
+        return total
+
+    def _node(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
+        """The value of a node in memory that the caller may change."""
+        match node:
+            case int():
+                return inputs[node].to(self.dtype, copy=True)
+            case Mix():
+                return self.mix(node, inputs)
+            case Bake(model=model):
+                return self.bake(node, self.mix(model, inputs))
+            case Apply(models=nodes):
+                models = [self.mix(model, inputs) for model in nodes]
+                result = call_method(node, models, self.random)
+                shared = any(result is model for model in models)
+                return result.to(self.dtype, copy=True) if shared else result.to(self.dtype)
 
 
 def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) -> Tensor:
@@ -447,8 +472,12 @@ class Engine:
             data = scratch.input(number).view(_byte_offset(read.spec, length))
             self._read(read, piece.begin, data.data)
             inputs.append(as_tensor(data, read.spec.dtype))
+        shape = piece.task.spec.shape
+        for changes in program.deltas:
+            parts = [self._parts(change, program.precision, scratch) for change in changes]
+            inputs.append(delta_elements(changes, parts, shape, piece.begin, piece.end))
         if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(piece.task, program.reads, inputs)
+            self._check_inputs(piece.task, inputs)
         result = as_tensor(out, piece.task.spec.dtype)
         if program.mix.terms == ((1.0, 0),):
             store(inputs[0], result)
@@ -465,27 +494,68 @@ class Engine:
         if isinstance(program, Compute):
             store(self._whole_result(task, program, None).view(task.spec.shape), result)
         elif isinstance(program, Widen):
-            channels = program.channels
-            store(self._load(program.extra), result)
-            store(self._whole_result(task, program.common, channels), result[:, :channels])
+            channels, common = program.channels, program.common
+            wide = self._load(program.extra).to(torch_dtype(common.precision))
+            wide[:, :channels] = self._whole_result(task, common, channels)
+            for weight, changes in program.deltas:
+                parts = [self._parts(change, common.precision) for change in changes]
+                shape = task.spec.shape
+                delta = delta_elements(changes, parts, shape, 0, wide.numel()).view(shape)
+                wide += delta * weight
+            store(wide, result)
 
     def _whole_result(self, task: Task, program: Compute, channels: int | None) -> Tensor:
         inputs = [self._load(read) for read in program.reads]
-        if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(task, program.reads, inputs)
         if channels is not None:
             inputs = [tensor[:, :channels].contiguous() for tensor in inputs]
         else:
             inputs = [tensor.reshape(task.spec.shape) for tensor in inputs]
-        random = self._random(task)(0, tuple(inputs[0].shape))
-        return whole_mix(program.mix, inputs, torch_dtype(program.precision), random)
+        shape = tuple(inputs[0].shape)
+        for changes in program.deltas:
+            parts = [self._parts(change, program.precision) for change in changes]
+            delta = delta_elements(changes, parts, shape, 0, inputs[0].numel())
+            inputs.append(delta.view(shape))
+        if any(True for _ in applied_in(program.mix)):
+            self._check_inputs(task, inputs)
+
+        def bake(node: Bake, weight: Tensor) -> Tensor:
+            for change in node.changes:
+                parts = self._parts(change, program.precision)
+                bake_change(change, parts, weight, node.strength)
+            if any(True for _ in applied_in(program.mix)):
+                self._check_inputs(task, [weight])
+            return weight
+
+        random = self._random(task)(0, shape)
+        evaluator = WholeEvaluator(torch_dtype(program.precision), random, bake)
+        return evaluator.mix(program.mix, inputs)
+
+    def _parts(
+        self, change: Change, precision: Precision, scratch: Scratch | None = None
+    ) -> dict[str, Tensor]:
+        """A module's tensors, floats in the precision of the arithmetic.
+
+        Kept in the scratch while one tensor is worked on: its pieces share them.
+        """
+        key = (precision, *(read for _, read in change.parts))
+        if scratch is not None and scratch.parts[0] == key:
+            return scratch.parts[1]
+        parts = {}
+        for part, read in change.parts:
+            values = self._load(read)
+            if read.spec.is_float:  # copied even so: matrix products depend on the alignment
+                values = values.to(torch_dtype(precision), copy=True)
+            parts[part] = values
+        if scratch is not None:
+            scratch.parts = (key, parts)
+        return parts
 
     def _load(self, read: Read) -> Tensor:
         data = np.empty(read.spec.nbytes, np.uint8)
         self._read(read, 0, data.data)
         return as_tensor(data, read.spec.dtype).view(read.spec.shape)
 
-    def _check_inputs(self, task: Task, reads: Sequence[Read], inputs: Sequence[Tensor]) -> None:
+    def _check_inputs(self, task: Task, inputs: Sequence[Tensor]) -> None:
         """Methods with comparisons can swallow a NaN, so theirs are looked for beforehand."""
         if self._settings.allow_nonfinite:
             return
@@ -513,8 +583,9 @@ class Engine:
             bad = self._count_in(read)
             if bad:
                 label = self._labels[read.source]
+                named = f" in {read.name!r}" if read.name != spec.name else ""
                 return NonFiniteError(
-                    f"{label} has {bad:,} NaN or Inf of {read.spec.numel:,} values",
+                    f"{label} has {bad:,} NaN or Inf of {read.spec.numel:,} values{named}",
                     where=spec.name,
                     fix=f"use a sound copy of {label}, or set `allow_nonfinite: true`",
                 )

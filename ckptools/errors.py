@@ -146,4 +146,4 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """As `nearest`, for names too many to list."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "list them with `plan --details`"
+    return f"did you mean {close[0]!r}?" if close else "give a glob, such as '*attn2.to_k*'"

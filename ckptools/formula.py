@@ -22,6 +22,8 @@ from ckptools.methods import Method
 
 Kind = Literal["weights", "delta", "scalar"]
 MAX_FORMULA_CHARS = 20_000
+BAKE = "bake"
+BAKE_USAGE = "bake(model, adapter, weight=1)"
 MAX_DEPTH = 200  # of nesting; Python's own limit of 1000 frames is met at some 400
 
 # --- the tree ----------------------------------------------------------------------------------
@@ -371,7 +373,29 @@ class _Checker:
         zero = all(abs(total) < 1e-9 for total in sums)
         return _Typed("delta" if zero else "weights", sums)
 
+    def _bake(self, expr: Call) -> _Typed:
+        bake = bind_bake(expr, self._formula)
+        model, weight = self.typed(bake.model), self.typed(bake.weight)
+        if model.kind != "weights":
+            raise self._formula.error(
+                f"bake: an adapter goes into a model, not into a {model.kind}",
+                bake.model.column,
+                BAKE_USAGE,
+            )
+        if weight.kind != "scalar":
+            raise self._formula.error(
+                "bake: weight must be a number", bake.weight.column, "such as weight=0.8"
+            )
+        if not isinstance(bake.adapter, Name) or bake.adapter.id not in self._scope.models:
+            known = nearest(getattr(bake.adapter, "id", ""), sorted(self._scope.models))
+            raise self._formula.error(
+                "bake: the adapter must be a name of `models:`", bake.adapter.column, known
+            )
+        return model
+
     def _call(self, expr: Call) -> _Typed:
+        if expr.method == BAKE:
+            return self._bake(expr)
         method = self._scope.methods.get(expr.method)
         if method is None:
             if expr.method in self._scope.names:
@@ -381,7 +405,7 @@ class _Checker:
             raise self._formula.error(
                 f"unknown method {expr.method!r}",
                 expr.column,
-                nearest(expr.method, self._scope.methods),
+                nearest(expr.method, [*self._scope.methods, BAKE]),
             )
         bound = bind(expr, method, self._formula)
         for name, value in (*bound.models, *bound.scalars):
@@ -458,6 +482,34 @@ def bind(call: Call, method: Method, formula: Formula) -> Bound:
     return Bound(tuple(ordered), tuple(scalars.items()))
 
 
+@dataclass(frozen=True)
+class BoundBake:
+    """The arguments of a call of `bake`."""
+
+    model: Expr
+    adapter: Expr
+    weight: Expr
+
+
+def bind_bake(call: Call, formula: Formula) -> BoundBake:
+    """Match a `bake` call's arguments, or raise with the column of the one that does not fit."""
+    names = ("model", "adapter", "weight")
+    if len(call.args) > len(names):
+        raise formula.error("bake takes one model and one adapter", call.args[3].column, BAKE_USAGE)
+    found = dict(zip(names, call.args, strict=False))
+    for name, value in call.keywords:
+        if name not in names:
+            raise formula.error(f"bake has no {name!r}", value.column, BAKE_USAGE)
+        if name in found:
+            raise formula.error(f"bake: {name!r} is given twice", value.column)
+        found[name] = value
+    for name in names[:2]:
+        if name not in found:
+            raise formula.error(f"bake needs {name!r}", call.column, BAKE_USAGE)
+    weight = found.get("weight", Number(1.0, call.column))
+    return BoundBake(found["model"], found["adapter"], weight)
+
+
 def usage(method: Method) -> str:
     """How a method is called: "slerp(a, b, t=0.5)"."""
     parts = [*method.models]
@@ -492,6 +544,8 @@ def base_model(formula: Formula, scope: Scope) -> str:
         match expr:
             case Name(id=name):
                 return find_let(name) if name in scope.lets else name
+            case Call(method="bake"):
+                return find(bind_bake(expr, formula).model)
             case Call(method=method_name):
                 method = scope.methods[method_name]
                 models = bind(expr, method, formula).models
@@ -518,7 +572,23 @@ class Applied:
     scalars: tuple[tuple[str, float], ...]
 
 
-Leaf: TypeAlias = str | Applied
+@dataclass(frozen=True)
+class Baked:
+    """A model with an adapter baked in, where what the adapter does depends on the model."""
+
+    model: Linear
+    adapter: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class AdapterDelta:
+    """What an adapter adds to a tensor, whatever the model: a leaf that is not a model."""
+
+    adapter: str
+
+
+Leaf: TypeAlias = str | Applied | Baked | AdapterDelta
 
 
 @dataclass(frozen=True)
@@ -561,26 +631,41 @@ class Linear:
 
     @property
     def total(self) -> float:
-        """The sum of the coefficients: 1 for a proper mix of models."""
-        return math.fsum(value for _, value in self.terms)
+        """The sum of the models' coefficients: 1 for a proper mix of models."""
+        return math.fsum(value for leaf, value in self.terms if not isinstance(leaf, AdapterDelta))
 
     def model_names(self) -> Iterator[str]:
         """Every model of the form, nested ones included, in order, repeats possible."""
         for leaf, _ in self.terms:
-            if isinstance(leaf, str):
-                yield leaf
-            else:
-                for model in leaf.models:
+            match leaf:
+                case str():
+                    yield leaf
+                case Applied(models=models):
+                    for model in models:
+                        yield from model.model_names()
+                case Baked(model=model):
                     yield from model.model_names()
 
     def __str__(self) -> str:
         text = ""
         for leaf, value in self.terms:
-            name = leaf if isinstance(leaf, str) else _applied_text(leaf)
+            name = _leaf_text(leaf)
             sign = ("-" if value < 0 else "") if not text else (" - " if value < 0 else " + ")
             size = abs(value)
             text += sign + (name if size == 1 else f"{size:.6g}*{name}")
         return text or "0"
+
+
+def _leaf_text(leaf: Leaf) -> str:
+    match leaf:
+        case str():
+            return leaf
+        case AdapterDelta(adapter=adapter):
+            return adapter
+        case Baked(model=model, adapter=adapter, strength=strength):
+            return f"bake({model}, {adapter}, weight={strength:.6g})"
+        case Applied():
+            return _applied_text(leaf)
 
 
 def _applied_text(leaf: Applied) -> str:
@@ -642,6 +727,8 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
         raise inside.error("a number where a model is wanted", expr.column)
 
     def called(call: Call, inside: Formula) -> Linear:
+        if call.method == BAKE:
+            return baked(call, inside)
         method = scope.methods[call.method]
         bound = bind(call, method, inside)
         numbers = {s.name: s.default for s in method.scalars.values() if s.default is not None}
@@ -664,7 +751,53 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
         ordered = tuple((name, numbers[name]) for name in method.scalars)
         return Linear.of(Applied(method.name, tuple(value for _, value in models), ordered))
 
+    def baked(call: Call, inside: Formula) -> Linear:
+        bake = bind_bake(call, inside)
+        model, strength = form(bake.model, inside), scalar(bake.weight, inside)
+        if strength == 0 or not isinstance(bake.adapter, Name):
+            return model
+        return Linear.of(Baked(model, bake.adapter.id, strength))
+
     return form(formula.tree, formula)
+
+
+def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:
+    """The names of `models:` that stand where an adapter is wanted, through `let`s."""
+    return _names_by_role(formula, scope)[1]
+
+
+def model_names(formula: Formula, scope: Scope) -> frozenset[str]:
+    """The names of `models:` that stand where a model is wanted, through `let`s."""
+    return _names_by_role(formula, scope)[0]
+
+
+def _names_by_role(formula: Formula, scope: Scope) -> tuple[frozenset[str], frozenset[str]]:
+    """(models, adapters)."""
+    models: set[str] = set()
+    found: set[str] = set()
+    seen: set[str] = set()
+
+    def walk(expr: Expr, inside: Formula) -> None:
+        match expr:
+            case Name(id=name) if name in scope.lets and name not in seen:
+                seen.add(name)
+                walk(scope.lets[name].tree, scope.lets[name])
+            case Name(id=name) if name in scope.models:
+                models.add(name)
+            case Binary(left=left, right=right):
+                walk(left, inside)
+                walk(right, inside)
+            case Call(method="bake"):
+                bake = bind_bake(expr, inside)
+                walk(bake.model, inside)
+                if isinstance(bake.adapter, Name):
+                    found.add(bake.adapter.id)
+            case Call(args=args, keywords=keywords):
+                for part in (*args, *(value for _, value in keywords)):
+                    walk(part, inside)
+
+    walk(formula.tree, formula)
+    return frozenset(models), frozenset(found)
 
 
 def is_scalar(expr: Expr, scope: Scope) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.plan import Plan, Source
+from ckptools.recipe import ParamRef, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
 from ckptools.writer import Layout
 
@@ -77,23 +78,29 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
     sha256s  model name -> sha256 of its file, where known
     """
     recipe = plan.recipe
+    weights = {name: lora_weight(name) for name in recipe.loras}
     models: dict[str, object] = {}
+    loras: list[object] = []
     for source in plan.sources:
-        entry = {"path": file_label(source)}
-        if source.name in sha256s:
-            entry["sha256"] = sha256s[source.name]
-        models[source.name] = entry
+        entry = _file_entry(source, sha256s)
+        if source.name in weights:
+            loras.append(entry | {"weight": _lines(recipe.params[weights[source.name]])})
+        else:
+            models[source.name] = entry
     document: dict[str, object] = {"ckptools": 1, "models": models}
-    if recipe.params:
-        document["params"] = {
-            ref.name: ({"mbw": list(ref.mbw)} if ref.mbw else {})
-            | {line.selector: line.value for line in ref.lines}
-            for ref in recipe.params.values()
-        }  # fmt: skip
+    params = {
+        ref.name: _lines(ref)
+        for ref in recipe.params.values()
+        if ref.name not in weights.values()
+    }  # fmt: skip
+    if params:
+        document["params"] = params
     if recipe.lets:
         document["let"] = {name: formula.text.strip() for name, formula in recipe.lets.items()}
     document["merge"] = recipe.merge.text.strip()
     document["base"] = recipe.base
+    if loras:
+        document["loras"] = loras
     if recipe.take:
         document["take"] = {component: model for component, (model, _) in recipe.take.items()}
     names = {"keep": "keep"} | {dtype: name for name, dtype in RECIPE_DTYPES.items()}
@@ -113,6 +120,22 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
     if recipe.compat:
         document["compat"] = recipe.compat
     return document
+
+
+def _file_entry(source: Source, sha256s: Mapping[str, str]) -> dict[str, object]:
+    entry: dict[str, object] = {"path": file_label(source)}
+    if source.name in sha256s:
+        entry["sha256"] = sha256s[source.name]
+    if source.ref.allow_unmatched:
+        entry["allow_unmatched"] = True
+    if source.ref.dora != "trained":
+        entry["dora"] = source.ref.dora
+    return entry
+
+
+def _lines(ref: ParamRef) -> dict[str, object]:
+    mbw: dict[str, object] = {"mbw": list(ref.mbw)} if ref.mbw else {}
+    return mbw | {line.selector: line.value for line in ref.lines}
 
 
 # --- inside the file ---------------------------------------------------------------------------
@@ -182,20 +205,24 @@ def _public(source: Source) -> dict[str, str]:
 
 
 def _web_ui_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
-    hashes = [sha256s.get(source.name) for source in plan.sources]
+    models = [source for source in plan.sources if source.adapter is None]
+    hashes = [sha256s.get(source.name) for source in models]
     ordinal = ("primary", "secondary", "tertiary")
     document: dict[str, object] = {
         "type": "ckptools",
         "interp_method": plan.recipe.merge.text.strip(),
-        "models": {source.name: file_label(source) for source in plan.sources},
+        "models": {source.name: file_label(source) for source in models},
         "multiplier": {
-            ref.name: ref.lines[0].value if len(ref.lines) == 1 else "per tensor"
+            ref.name: ref.lines[0].value if len(ref.lines) == 1 and not ref.mbw else "per tensor"
             for ref in plan.recipe.params.values()
         },
         "custom_name": plan.recipe.output_path.stem,
         "is_inpainting": plan.variant == "inpainting",
         "is_instruct_pix2pix": plan.variant == "ip2p",
     }
+    adapters = {s.name: file_label(s) for s in plan.sources if s.adapter is not None}
+    if adapters:
+        document["adapters"] = adapters
     for word, sha256 in zip(ordinal, hashes, strict=False):
         document[f"{word}_model_hash"] = sha256
     return document

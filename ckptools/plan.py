@@ -5,6 +5,7 @@ Every check lives here and all mistakes are reported together. Reads no tensor b
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -26,10 +27,27 @@ from ckptools.errors import (
     raise_all,
 )
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
-from ckptools.formula import Applied, Linear, base_model, specialise, used_names
+from ckptools.formula import (
+    AdapterDelta,
+    Applied,
+    Baked,
+    Leaf,
+    Linear,
+    adapter_names,
+    base_model,
+    model_names,
+    specialise,
+    used_names,
+)
+from ckptools.keymap import key_map_ids
+from ckptools.lora.group import AdapterFile, Module, group, scale_of
+from ckptools.lora.kinds import load_kinds
+from ckptools.lora.match import Match, match, unmatched_error
+from ckptools.lora.names import Fit, fitting_families, targets
 from ckptools.methods import load_methods
 from ckptools.program import (
     MAX_F32_TERMS,
+    Change,
     Compute,
     Copy,
     Mix,
@@ -39,10 +57,11 @@ from ckptools.program import (
     Read,
     Widen,
     applied_in,
+    baked_in,
     compile_mix,
     reads_of,
 )
-from ckptools.recipe import ModelRef, Recipe
+from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.tensors import TensorSpec
 from ckptools.writer import index_path, shard_paths, split_shards
@@ -54,6 +73,7 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 PROCESS_BYTES = 240_000_000
 WORKER_BYTES = 8_000_000
 _ADAPTER_KINDS = {"lora", "embedding"}
+_BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
 
 
@@ -63,6 +83,7 @@ class Source:
 
     names    canonical tensor name -> the name it has in this file
     doubles  (name left out, name used) of tensors that the file has under two spellings
+    adapter  the file's modules, where it stands in the recipe as an adapter
     """
 
     ref: ModelRef
@@ -70,6 +91,7 @@ class Source:
     detection: Detection
     names: Mapping[str, str]
     doubles: tuple[tuple[str, str], ...] = ()
+    adapter: AdapterFile | None = None
 
     @property
     def name(self) -> str:
@@ -79,11 +101,87 @@ class Source:
     @property
     def title(self) -> str:
         """What the file is, in words: "Stable Diffusion 1.x inpainting"."""
+        if self.adapter is not None:
+            return adapter_title(self.adapter)
         if self.detection.family is None:
             return "unknown"
         variant = self.detection.variant or ""
         title = family_of(self.detection).title
         return title if variant in ("", "base") else f"{title} {variant}"
+
+
+def adapter_title(file: AdapterFile) -> str:
+    """What an adapter is, in words: "LoRA of rank 32, for sdxl"."""
+    bases = " or ".join(fit.family for fit in adapter_bases(file))
+    title = " and ".join(adapter_kinds(file))
+    ranks = adapter_ranks(file)
+    if ranks:
+        title += f" of rank {span(ranks)}"
+    return title + (f", for {bases}" if bases else "")
+
+
+def adapter_kinds(file: AdapterFile) -> tuple[str, ...]:
+    """The kinds of an adapter's modules, in words, commonest first."""
+    kinds = Counter(map(module_kind, file.modules.values()))
+    return tuple(kind for kind, _ in kinds.most_common())
+
+
+def module_kind(module: Module) -> str:
+    """What a module is, in words: "DoRA", "LoHa"."""
+    return "DoRA" if module.dora else load_kinds()[module.kind].title
+
+
+def adapter_ranks(file: AdapterFile) -> tuple[int, ...]:
+    """The ranks of an adapter's modules, ascending, each once."""
+    ranks = {module.rank for module in file.modules.values() if module.rank is not None}
+    return tuple(sorted(ranks))
+
+
+def adapter_bases(file: AdapterFile) -> tuple[Fit, ...]:
+    """The families an adapter may be for; () where nothing tells."""
+    columns = {name: module.measure.columns for name, module in file.modules.items()}
+    return fitting_families(columns)
+
+
+def span(numbers: Sequence[float]) -> str:
+    """Ascending numbers as the one that they are, or the first and the last."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:g}"
+    return f"{numbers[0]:g} to {numbers[-1]:g}"
+
+
+@dataclass(frozen=True)
+class Baking:
+    """An adapter that a plan bakes, and where it goes.
+
+    scales  module -> what multiplies its change, before the weight
+    """
+
+    source: Source
+    match: Match
+    scales: Mapping[str, float]
+
+    @property
+    def file(self) -> AdapterFile:
+        """The adapter's modules."""
+        if self.source.adapter is None:
+            raise TypeError(f"{self.source.name} is not an adapter")
+        return self.source.adapter
+
+    @property
+    def matched(self) -> dict[str, int]:
+        """Component of the model -> modules that go into it."""
+        found = {
+            (placed.target.component, placed.module.name): None
+            for places in self.match.placed.values()
+            for placed in places
+        }
+        return dict(Counter(component for component, _ in found))
+
+    @property
+    def used_scales(self) -> tuple[float, ...]:
+        """The scales of its modules, ascending, each once."""
+        return tuple(sorted(set(self.scales.values())))
 
 
 @dataclass(frozen=True)
@@ -127,6 +225,7 @@ class Plan:
     notes: tuple[str, ...]
     dropped: Mapping[str, tuple[str, ...]]
     threads: int
+    bakings: tuple[Baking, ...] = ()
 
     @cached_property
     def counts(self) -> dict[Action, int]:
@@ -172,9 +271,70 @@ def _whole_bytes(step: Step) -> int:
         return 0
     width = 4 if program.precision == "F32" else 8
     methods = load_methods()
-    scratch = max(methods[node.method].scratch for node in applied_in(program.mix))
+    scratches = [methods[node.method].scratch for node in applied_in(program.mix)]
+    scratch = max([*scratches, *(_BAKE_SCRATCH for _ in baked_in(program.mix))], default=1)
     stored = sum(read.spec.nbytes for read in program.reads) + 2 * step.spec.nbytes
     return stored + (len(program.reads) + scratch) * step.spec.numel * width
+
+
+@dataclass(frozen=True)
+class AppliedChange:
+    """One module of an adapter, as it changes one tensor of a plan."""
+
+    adapter: str
+    change: Change
+    weight: float
+
+
+def changes_in(plan: Plan, step: Step) -> tuple[AppliedChange, ...]:
+    """The adapter modules that change a step's tensor, with the weights they have there."""
+    bakings = {baking.source.name: baking for baking in plan.bakings}
+    found: list[AppliedChange] = []
+    for adapter, weight in _weights_in(step.form) if step.form is not None else ():
+        source = bakings[adapter].source
+        index = plan.sources.index(source)
+        changes = _changes_of(bakings[adapter], index, _canonical_of(plan, step))
+        found += [AppliedChange(adapter, change, weight) for change in changes]
+    return tuple(found)
+
+
+def _canonical_of(plan: Plan, step: Step) -> str:
+    own = {actual: name for name, actual in plan.base.names.items()}
+    return own.get(step.spec.name, step.spec.name)
+
+
+def _weights_in(form: Linear) -> Iterator[tuple[str, float]]:
+    """(adapter, weight) of every adapter in a form, nested ones included."""
+    for leaf, value in form.terms:
+        match leaf:
+            case AdapterDelta(adapter=adapter):
+                yield adapter, value
+            case Baked(model=model, adapter=adapter, strength=strength):
+                yield from _weights_in(model)
+                yield adapter, strength
+            case Applied(models=models):
+                for model in models:
+                    yield from _weights_in(model)
+
+
+def _changes_of(baking: Baking, index: int, name: str) -> tuple[Change, ...]:
+    """What an adapter, source number `index`, does to one tensor."""
+    source = baking.source
+    return tuple(
+        Change(
+            module=placed.module,
+            parts=tuple(
+                (part, Read(index, tensor, source.checkpoint[tensor]))
+                for part, tensor in placed.module.arrays.items()
+            ),
+            scale=baking.scales[placed.module.name],
+            target=placed.target,
+            shape=placed.shape,
+            bias=placed.bias,
+            dora=source.ref.dora,
+        )
+        for placed in baking.match.placed.get(name, ())
+    )
 
 
 # --- opening -----------------------------------------------------------------------------------
@@ -184,18 +344,80 @@ def open_sources(recipe: Recipe) -> tuple[Source, ...]:
     """Open every model of a recipe and say what it is; all that cannot be opened at once."""
     sources: list[Source] = []
     errors: list[CkptError] = []
+    adapters = adapter_names(recipe.result, recipe.scope)
+    _check_roles(recipe, adapters)
     for ref in recipe.models.values():
+        is_adapter = ref.name in adapters
         try:
-            sources.append(_open_source(recipe, ref))
+            sources.append((_open_adapter if is_adapter else _open_source)(recipe, ref))
         except CkptError as exc:
-            exc.what = f"model {ref.name!r}: {exc.what}"
-            exc.where = f"{ref.where}: {exc.where}" if exc.where else ref.where
-            errors.append(exc)
+            noun = "adapter" if is_adapter else "model"
+            errors += _grouped([_of_source(ref, noun, one) for one in _each_of(exc)])
     if errors:
         for source in sources:
             source.checkpoint.close()
     raise_all(errors)
     return tuple(sources)
+
+
+def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
+    """A name is a model or an adapter, not both."""
+    named = (recipe.base, *model_names(recipe.result, recipe.scope))
+    models = dict.fromkeys(named, recipe.merge.where) | dict(recipe.take.values())
+    raise_all(
+        [
+            RecipeError(
+                f"{name!r} is baked as an adapter, and used as a model as well",
+                where=models[name],
+                fix="give the model and the adapter a name each",
+            )
+            for name in sorted(adapters)
+            if name in models
+        ]
+    )
+
+
+def _each_of(error: CkptError) -> tuple[CkptError, ...]:
+    return error.errors if isinstance(error, ManyErrors) else (error,)
+
+
+def _of_source(ref: ModelRef, noun: str, error: CkptError) -> CkptError:
+    """The error, with the recipe's line and name for the source that it is about."""
+    error.what = f"{noun} {ref.name!r}: {error.what}"
+    error.where = f"{ref.where}: {error.where}" if error.where else ref.where
+    if noun == "adapter" and not error.fix:
+        error.fix = "download the file again, or ask its author"
+    return error
+
+
+def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
+    checkpoint = open_checkpoint(recipe.file_of(ref))
+    try:
+        detection = detect(checkpoint, checkpoint.metadata)
+        if detection.kind not in ("lora", "unknown"):
+            raise InputError(
+                f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
+                fix="bake() takes a model and an adapter",
+            )
+        adapter = group(checkpoint, checkpoint.metadata, config=_config_beside(checkpoint.path))
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Source(ref, checkpoint, detection, MappingProxyType({}), adapter=adapter)
+
+
+def _config_beside(path: Path) -> dict[str, object] | None:
+    """PEFT's `adapter_config.json` in the adapter's folder, if there is one."""
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot be read: {exc}", where=str(config)) from exc
+    if not isinstance(document, dict):
+        raise InputError("is not a JSON object", where=str(config))
+    return document
 
 
 def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
@@ -248,7 +470,9 @@ class _Planner:
         self.index = {source.name: number for number, source in enumerate(sources)}
         self.base = self.by_name[recipe.base]
         self.used = [
-            name for name in used_names(recipe.merge, recipe.scope) if name in self.by_name
+            name
+            for name in used_names(recipe.result, recipe.scope)
+            if name in self.by_name and self.by_name[name].adapter is None
         ]
         self.family = self._common_family()
         self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
@@ -260,6 +484,8 @@ class _Planner:
         self._sums: Counter[str] = Counter()
         self._widened: list[str] = []
         self._mixes: dict[tuple[Linear, tuple[str, ...]], Mix] = {}
+        self.bakings: dict[str, Baking] = {}
+        self._bad_numbers: dict[str, tuple[CkptError, list[str]]] = {}
 
     def plan(self, threads: int, *, force: bool) -> Plan:
         recipe = self.recipe
@@ -267,9 +493,10 @@ class _Planner:
         self._check_components()
         names = self._output_names()
         self._compile_params(names)
+        self._match_adapters()
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
-        raise_all(_grouped(self.errors))
+        raise_all(_grouped([*self._number_errors(), *self._nothing_merged(steps), *self.errors]))
         by_name = {step.spec.name: step for step in steps}
         shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
         paths = shard_paths(recipe.output_path, len(shards))
@@ -286,6 +513,7 @@ class _Planner:
             notes=(),
             dropped=self._dropped(names),
             threads=threads,
+            bakings=tuple(self.bakings.values()),
         )
         self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
@@ -381,11 +609,11 @@ class _Planner:
         mergeable = [
             name
             for name in names
-            if self.family.component_of(name) not in self.recipe.take
-            and name in self.base.names
-            and self.base.checkpoint[self.base.names[name]].is_float
+            if name in self.base.names and self.base.checkpoint[self.base.names[name]].is_float
         ]
-        used = set(used_names(self.recipe.merge, self.recipe.scope))
+        own = [n for n in mergeable if self.family.component_of(n) not in self.recipe.take]
+        weights = {lora_weight(source.name) for source in self.sources}
+        used = set(used_names(self.recipe.result, self.recipe.scope))
         for ref in self.recipe.params.values():
             if ref.name not in used:
                 continue
@@ -395,7 +623,7 @@ class _Planner:
                     lines = (*mbw_lines(ref.mbw, self.family, ref.where), *lines)
                 self.params[ref.name] = compile_param(
                     Param(lines), name_of_param=ref.name, family=self.family,
-                    names=mergeable, compat=self.recipe.compat,
+                    names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
                 )  # fmt: skip
             except ManyErrors as exc:
                 self.errors += exc.errors
@@ -414,8 +642,156 @@ class _Planner:
         key = tuple(line.value for line in lines.values())
         if key not in self._forms:
             values = {param: line.value for param, line in lines.items()}
-            self._forms[key] = specialise(self.recipe.merge, self.recipe.scope, values)
+            self._forms[key] = specialise(self.recipe.result, self.recipe.scope, values)
         return self._forms[key], lines
+
+    # --- adapters ---
+
+    def _match_adapters(self) -> None:
+        """Lay every adapter over the base's tensors, under their canonical names."""
+        sources = [source for source in self.sources if source.adapter is not None]
+        if sources and self.family.id not in key_map_ids():
+            self.errors.append(
+                InputError(
+                    f"adapters need a known family; {self.base.name} is {self.base.title}",
+                    where=sources[0].ref.where,
+                    fix=f"the families with names for adapters: {', '.join(key_map_ids())}",
+                )
+            )
+            return
+        if not sources:
+            return
+        names = targets(self.family, self._adapter_specs())
+        for source in sources:
+            if source.adapter is None:
+                continue
+            try:
+                self._match_adapter(source, source.adapter, match(source.adapter, names))
+            except CkptError as exc:
+                self.errors += self._misfits(source, source.adapter, _each_of(exc))
+
+    def _misfits(
+        self, source: Source, file: AdapterFile, errors: Sequence[CkptError]
+    ) -> list[CkptError]:
+        """The errors of laying an adapter over the model; one, where it is for another family."""
+        foreign = self._foreign(file)
+        if not foreign:
+            return [_of_source(source.ref, "adapter", error) for error in errors]
+        return [
+            InputError(
+                f"{source.name} is for {foreign}, the model is {self.family.id}: "
+                f"{errors[0].where} {errors[0].what}",
+                where=source.ref.where,
+                fix="use the base model it was trained for",
+            )
+        ]
+
+    def _foreign(self, file: AdapterFile) -> str:
+        """The family that an adapter is for, where that is another than the model's; else ""."""
+        fits = adapter_bases(file)
+        if not fits or self.family.id in (fit.family for fit in fits):
+            return ""
+        return " or ".join(f"{fit.family} ({fit.reason})" for fit in fits)
+
+    def _adapter_specs(self) -> dict[str, TensorSpec]:
+        """The base's tensors as adapters meet them: with the input channels of the result."""
+        specs = {
+            name: replace(self.base.checkpoint[own], name=name)
+            for name, own in self.base.names.items()
+        }
+        for name, spec in specs.items():
+            if self._may_widen(name, spec) and self.family.component_of(name) not in (
+                self.recipe.take
+            ):
+                reads = [self._read(self.by_name[m], name) for m in self.used if self._has(m, name)]
+                if _differ_in_channels([*reads, self._read(self.base, name)]):
+                    channels = max([spec.shape[1], *(read.spec.shape[1] for read in reads)])
+                    specs[name] = replace(spec, shape=(spec.shape[0], channels, *spec.shape[2:]))
+        return specs
+
+    def _match_adapter(self, source: Source, file: AdapterFile, found: Match) -> None:
+        where = source.ref.where
+        component_of = self.family.component_of
+        taken = [
+            name
+            for name in found.placed
+            if component_of(name) in self.recipe.take and self._has_weight(source.name, name)
+        ]
+        if found.unmatched:
+            error = unmatched_error(source.name, file, found, where=where)
+            if not source.ref.allow_unmatched or not found.placed:
+                self.errors.append(error)
+            else:
+                self.warnings.append(f"{error.what}: left out")
+        foreign = self._foreign(file)
+        if foreign and (source.ref.allow_unmatched or not found.unmatched):
+            self.warnings.append(
+                f"{source.name} is for {foreign}, the model is {self.family.id}: "
+                "what its modules have in common may mean something else here"
+            )
+        if taken:
+            component = component_of(taken[0])
+            advice = (
+                "set its weight to 0"
+                if lora_weight(source.name) in self.params
+                else ("bake it through `loras:` with the weight 0")
+            )
+            self.errors.append(
+                InputError(
+                    f"{source.name} changes {len(taken):,} tensors of {component}, which is taken "
+                    "byte for byte",
+                    where=where,
+                    fix=f"{advice} for {component}, or leave out `take`",
+                )
+            )
+        for note in file.notes:
+            self.notes.append(f"{source.name}: {note}")
+        if file.embeddings:
+            self.notes.append(
+                f"{source.name}: {len(file.embeddings)} embeddings are left aside "
+                f"({', '.join(list(file.embeddings)[:4])})"
+            )
+        scales = {
+            module.name: scale_of(module, _numbers_of(source, module.name))
+            for module in file.modules.values()
+        }
+        self.bakings[source.name] = Baking(source, found, MappingProxyType(scales))
+
+    def _has_weight(self, adapter: str, name: str) -> bool:
+        """Whether an adapter of `loras:` has another weight than 0 for a tensor."""
+        weight = self.params.get(lora_weight(adapter))
+        return weight is None or weight.line_of(name).value != 0.0
+
+    def _changes(self, adapter: str, name: str) -> tuple[Change, ...]:
+        """What an adapter does to one tensor."""
+        return _changes_of(self.bakings[adapter], self.index[adapter], name)
+
+    def _resolved(self, form: Linear, name: str) -> Linear:
+        """The form with every adapter as what it is for this tensor: nothing, a delta, or a bake.
+
+        Adapters that do not depend on the weights become deltas, so that they commute and the
+        weights under them keep their place in the sum.
+        """
+        if not self.bakings:
+            return form
+        result = Linear(())
+        for leaf, value in form.terms:
+            result = result + self._resolved_leaf(leaf, name) * value
+        return result
+
+    def _resolved_leaf(self, leaf: Leaf, name: str) -> Linear:
+        if isinstance(leaf, Applied):
+            models = tuple(self._resolved(model, name) for model in leaf.models)
+            return Linear.of(replace(leaf, models=models))
+        if not isinstance(leaf, Baked):
+            return Linear.of(leaf)
+        model = self._resolved(leaf.model, name)
+        changes = self._changes(leaf.adapter, name)
+        if not changes:
+            return model
+        if all(_is_delta(change) for change in changes):
+            return model + Linear.of(AdapterDelta(leaf.adapter)) * leaf.strength
+        return Linear.of(Baked(model, leaf.adapter, leaf.strength))
 
     # --- tensors ---
 
@@ -454,17 +830,47 @@ class _Planner:
         spec = replace(spec, dtype=self._output_dtype(component, spec.dtype))
         try:
             form, lines = self._form(name)
+            form = self._resolved(form, name)
         except CkptError as exc:
-            self.errors.append(exc.at(spec.name))
+            self._bad_numbers.setdefault(str(exc), (exc, []))[1].append(name)
             return _bare(spec, "carried", Copy(own), "")
         lacking = self._lacking(form, name)
         if lacking:
             why = f"{' and '.join(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} it"
-            return replace(_single(spec, own, "carried", why), form=None, lines=lines)
+            form = _over_base(form, self.base.name)
+            if form.terms == ((self.base.name, 1.0),):
+                return replace(_single(spec, own, "carried", why), form=None, lines=lines)
+            step = self._formed(name, spec, form, own)
+            return replace(step, form=form, lines=lines, why=f"{why}; adapters go into the base's")
         if spec.numel == 0:
             return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
                          else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
         return replace(self._formed(name, spec, form, own), form=form, lines=lines)
+
+    def _number_errors(self) -> Iterator[CkptError]:
+        """What some numbers make impossible, once each, with the lines that set them."""
+        for error, names in self._bad_numbers.values():
+            lines = {param: compiled.line_of(names[0]) for param, compiled in self.params.items()}
+            told = ", ".join(
+                f"{param} = {line.value:g} (set by {line.selector!r} at {line.where})"
+                for param, line in lines.items()
+            )
+            count = f"{len(names):,} tensors, such as {names[0]}" if names[1:] else names[0]
+            fix = f"for {count}: {told}" if told else error.fix or f"for {count}"
+            yield RecipeError(error.what, where=error.where, fix=fix)
+
+    def _nothing_merged(self, steps: Sequence[Step]) -> Iterator[CkptError]:
+        """A base without tensors, and models that have none in common."""
+        if not steps:
+            yield InputError(f"{self.base.name} has no tensors", where=self.base.ref.where)
+        apart = any(step.action == "carried" and "lack" in step.why for step in steps)
+        if apart and len(self.used) > 1 and all(step.action == "carried" for step in steps):
+            parts = [f"{name} is {self.by_name[name].title}" for name in self.used]
+            yield InputError(
+                f"the models have no tensor in common: {', '.join(parts)}",
+                where=self.recipe.merge.where,
+                fix="use models of one family, stored with the same tensor names",
+            )
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._sums[f"{form.total:.6g}"] += 1
@@ -488,19 +894,37 @@ class _Planner:
             if not _same_shape(read.spec, spec):
                 self._shape_error(spec.name, own, model, read)
                 return _bare(spec, "merged", Copy(own), "")
-        return _bare(spec, "merged", self._compute(form, models, reads, spec), "formula")
+        return _bare(spec, "merged", self._compute(form, models, reads, spec, name), "formula")
 
     def _compute(
-        self, form: Linear, models: Sequence[str], reads: Sequence[Read], spec: TensorSpec
+        self,
+        form: Linear,
+        models: Sequence[str],
+        reads: Sequence[Read],
+        spec: TensorSpec,
+        name: str,
     ) -> Compute:
+        adapters = _adapters_in(form)
         key = (form, tuple(models))
-        if key not in self._mixes:
-            index = {name: i for i, name in enumerate(models)}
-            self._mixes[key] = compile_mix(form, index, self._anchor)
-        mix = self._mixes[key]
+        index: dict[Leaf, int] = {model: i for i, model in enumerate(models)}
+        deltas = [leaf for leaf in adapters if isinstance(leaf, AdapterDelta)]
+        index |= {leaf: len(models) + i for i, leaf in enumerate(deltas)}
+        if adapters:
+            changes = {leaf.adapter: self._changes(leaf.adapter, name) for leaf in adapters}
+            mix = compile_mix(form, index, self._anchor, changes)
+        elif key in self._mixes:
+            mix = self._mixes[key]
+        else:
+            mix = self._mixes[key] = compile_mix(form, index, self._anchor)
         methods = load_methods()
         whole = any(methods[node.method].access == "tensor" for node in applied_in(mix))
-        return Compute(mix, tuple(reads), _precision(spec, reads, form), whole)
+        return Compute(
+            mix,
+            tuple(reads),
+            _precision(spec, reads, form),
+            whole or any(True for _ in baked_in(mix)),
+            tuple(self._changes(leaf.adapter, name) for leaf in deltas),
+        )
 
     def _widths(
         self, name: str, spec: TensorSpec, models: Sequence[str], reads: Sequence[Read]
@@ -527,14 +951,14 @@ class _Planner:
                     fix="merge one inpainting, edit or depth model at a time",
                 )
             )
-            return _WideStep(self, spec, counts[0], everyone[0])
+            return _WideStep(self, spec, counts[0], everyone[0], name)
         extra = next(read for read in everyone if read.spec.shape[1] == counts[-1])
         self._widened.append(
             f"{spec.name}: the first {counts[0]} input channels are merged, "
             f"channels {counts[0] + 1} to {counts[-1]} come from {self.sources[extra.source].name}"
         )
         shape = (spec.shape[0], counts[-1], *spec.shape[2:])
-        return _WideStep(self, replace(spec, shape=shape), counts[0], extra)
+        return _WideStep(self, replace(spec, shape=shape), counts[0], extra, name)
 
     def _has_extra_channels(self, read: Read) -> bool:
         """Whether a model is a variant (inpainting, edit, depth) that takes more than latents."""
@@ -610,7 +1034,7 @@ class _Planner:
         if not self.recipe.strict:
             return
         for step in steps:
-            if step.action == "carried" and "lack" in step.why:
+            if _lacks(step):
                 self.errors.append(
                     InputError(
                         f"strict: {step.why}",
@@ -670,8 +1094,22 @@ class _Planner:
                 )
             self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
         self._tell_taken(plan)
+        self._tell_adapters(plan)
         if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:
             self.warnings.append("nothing is merged: every tensor is copied or carried")
+
+    def _tell_adapters(self, plan: Plan) -> None:
+        working = {
+            leaf.adapter
+            for step in plan.steps
+            if step.form is not None
+            for leaf in _adapters_in(step.form)
+        }
+        self.warnings += [
+            f"{name} changes nothing: its weight is 0 for all that it has modules for"
+            for name in self.bakings
+            if name not in working
+        ]
 
     def _tell_taken(self, plan: Plan) -> None:
         for component, (model, _) in self.recipe.take.items():
@@ -693,12 +1131,36 @@ class _WideStep:
     spec: TensorSpec
     channels: int
     extra: Read
+    name: str
 
     def __call__(self, form: Linear, models: Sequence[str], reads: Sequence[Read]) -> Step:
         narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
-        common = self.planner._compute(form, models, reads, narrow)
-        program = Widen(common, self.extra, self.channels)
+        wide = [term for term in form.terms if isinstance(term[0], AdapterDelta)]
+        rest = Linear(tuple(term for term in form.terms if term not in wide))
+        common = self.planner._compute(rest, models, reads, narrow, self.name)
+        changes_of = self.planner._changes
+        deltas = tuple(
+            (weight, changes_of(leaf.adapter, self.name))
+            for leaf, weight in wide
+            if isinstance(leaf, AdapterDelta)
+        )
+        for leaf in _adapters_in(rest):
+            changes = changes_of(leaf.adapter, self.name)
+            if any(change.shape[1:2] == self.spec.shape[1:2] for change in changes):
+                self._refuse(leaf.adapter)
+        program = Widen(common, self.extra, self.channels, deltas)
         return _bare(self.spec, "merged", program, "common input channels merged, the rest kept")
+
+    def _refuse(self, adapter: str) -> None:
+        """A change that reads the weight, or is inside a method, would need all channels there."""
+        self.planner.errors.append(
+            InputError(
+                f"{adapter} changes all {self.spec.shape[1]} input channels, of which only "
+                f"{self.channels} are merged",
+                where=self.spec.name,
+                fix="bake it into the finished model, in a second recipe",
+            )
+        )
 
 
 _NOTHING = Copy(Read(0, "", TensorSpec("", "U8", (0,))))
@@ -723,6 +1185,52 @@ def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precisi
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
     return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
+
+
+def _is_delta(change: Change) -> bool:
+    """Whether a change can be added row by row, without the weight or the whole of it."""
+    return (
+        change.module.additive
+        and not change.bias
+        and change.target.op != "transpose"
+        and change.shape == change.target.shape
+    )
+
+
+def _adapters_in(form: Linear) -> list[AdapterDelta | Baked]:
+    """Every adapter in a form, nested ones included, each delta once."""
+    found: dict[AdapterDelta | Baked, None] = {}
+    for leaf, _ in form.terms:
+        match leaf:
+            case AdapterDelta():
+                found[leaf] = None
+            case Baked(model=model):
+                found[leaf] = None
+                found |= dict.fromkeys(_adapters_in(model))
+            case Applied(models=models):
+                for model in models:
+                    found |= dict.fromkeys(_adapters_in(model))
+    return list(found)
+
+
+def _over_base(form: Linear, base: str) -> Linear:
+    """The base alone under the adapters that a form ends in: for tensors that a model lacks."""
+    result = Linear.of(base)
+    for leaf, value in form.terms:
+        if isinstance(leaf, AdapterDelta):
+            result = result + Linear.of(leaf) * value
+    if len(form.terms) == 1 and isinstance(form.terms[0][0], Baked) and form.terms[0][1] == 1.0:
+        inner = form.terms[0][0]
+        return Linear.of(Baked(_over_base(inner.model, base), inner.adapter, inner.strength))
+    return result
+
+
+def _numbers_of(source: Source, module: str) -> dict[str, float]:
+    """The values of a module's alpha and scale: single numbers, read from the file."""
+    if source.adapter is None:
+        return {}
+    parts = source.adapter.modules[module]
+    return {part: source.checkpoint.read_number(parts.parts[part]) for part in parts.numbers}
 
 
 def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:
@@ -771,8 +1279,13 @@ def _find_in(source: Source, name: str, component: str, family: Family) -> str |
     return None
 
 
+def _lacks(step: Step) -> bool:
+    """Whether a tensor is the base's because another model lacks it."""
+    return step.action in ("carried", "merged") and "lack" in step.why
+
+
 def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
-    reasons = Counter(s.why for s in steps if s.action == "carried" and "lack" in s.why)
+    reasons = Counter(step.why for step in steps if _lacks(step))
     return dict(reasons)
 
 
@@ -791,6 +1304,7 @@ def _grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
 def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     where = plan.recipe.output.where
     inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
+    inputs += [source.checkpoint.path for source in plan.sources]  # the index of shards
     for path in plan.outputs:
         if any(_same_file(path, other) for other in inputs):
             yield OutputError(
@@ -815,8 +1329,8 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     free = shutil.disk_usage(folder).free
     if plan.output_bytes > free:
         yield OutputError(
-            f"the disk is too full: the output needs {plan.output_bytes / 1e9:,.2f} GB, "
-            f"{free / 1e9:,.2f} GB are free",
+            f"the disk is too full: the output needs {plan.output_bytes / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free",
             where=where,
             fix="free some space, or write to another disk",
         )

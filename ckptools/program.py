@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ckptools.formula import Applied, Linear
+from ckptools.formula import AdapterDelta, Applied, Baked, Leaf, Linear
+from ckptools.lora.dora import Reading
+from ckptools.lora.match import Placed
 from ckptools.tensors import TensorSpec
 
 Precision = Literal["F32", "F64"]
@@ -37,7 +39,30 @@ class Apply:
     scalars: tuple[tuple[str, float], ...]
 
 
-Node: TypeAlias = "int | Mix | Apply"
+@dataclass(frozen=True)
+class Change(Placed):
+    """What one module of an adapter does to one tensor, with what it takes to do it.
+
+    parts   canonical part -> the adapter's tensor
+    scale   what multiplies the module's change, before the user's strength
+    dora    how a DoRA's norm is read
+    """
+
+    parts: tuple[tuple[str, Read], ...] = ()
+    scale: float = 1.0
+    dora: Reading = "trained"
+
+
+@dataclass(frozen=True)
+class Bake:
+    """A model with changes that depend on it, applied in order."""
+
+    model: Mix
+    changes: tuple[Change, ...]
+    strength: float
+
+
+Node: TypeAlias = "int | Mix | Apply | Bake"
 
 
 @dataclass(frozen=True)
@@ -71,13 +96,15 @@ class PositionIds:
 class Compute:
     """A mix of reads of one shape, rounded once to the output dtype.
 
-    whole  whether a method in it needs the whole tensor at a time
+    whole   whether a method or an adapter in it needs the whole tensor at a time
+    deltas  what adapters add, each the sum of its changes: indices beyond `reads` in the mix
     """
 
     mix: Mix
     reads: tuple[Read, ...]
     precision: Precision
     whole: bool = False
+    deltas: tuple[tuple[Change, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,11 +112,13 @@ class Widen:
     """`common` over the first input channels, the rest of them from `extra`, unscaled.
 
     common's reads may have more channels than `channels`; only the first ones take part.
+    deltas  what adapters for all channels add at the end: (weight, changes)
     """
 
     common: Compute
     extra: Read
     channels: int
+    deltas: tuple[tuple[float, tuple[Change, ...]], ...] = ()
 
 
 Program: TypeAlias = Copy | PositionIds | Compute | Widen
@@ -100,34 +129,67 @@ def reads_of(program: Program) -> tuple[Read, ...]:
     match program:
         case Copy(read=read) | PositionIds(read=read):
             return (read,)
-        case Compute(reads=reads):
-            return reads
-        case Widen(common=common, extra=extra):
-            return (*common.reads, extra)
+        case Compute(mix=mix, reads=reads, deltas=deltas):
+            changes = [change for delta in deltas for change in delta]
+            changes += [change for bake in baked_in(mix) for change in bake.changes]
+            return (*reads, *_parts_of(changes))
+        case Widen(common=common, extra=extra, deltas=wide):
+            changes = [change for _, delta in wide for change in delta]
+            return (*reads_of(common), extra, *_parts_of(changes))
 
 
-def compile_mix(form: Linear, index: Mapping[str, int], base: str = "") -> Mix:
+def _parts_of(changes: Sequence[Change]) -> tuple[Read, ...]:
+    return tuple(read for change in changes for _, read in change.parts)
+
+
+def compile_mix(
+    form: Linear,
+    index: Mapping[Leaf, int],
+    base: str = "",
+    changes: Mapping[str, tuple[Change, ...]] | None = None,
+) -> Mix:
     """The evaluation order of a linear form that keeps its promises in floating point.
 
-    index  model name -> index of its read
+    index  model -> index of its read; adapter delta -> index of it, beyond the reads
+    changes  adapter -> what it does to this tensor, for adapters that are not deltas
     base   the model that is not part of a delta: in A - (C - B) it is A that stays alone
 
     Opposite coefficients are paired: A + 0.7·B - 0.7·C becomes A - 0.7·(C - B). Where B equals
     C the bracket is +0 whatever their size, -0.7 · +0 is -0, and A + -0 is A to the bit, the
     sign of its zeros included. A + 0.3·B + 0.9·D - 1.2·C becomes A - 0.3·(C - B) - 0.9·(C - D).
     """
-    pairs, partner = _pairs(form, base)
-    alone: list[tuple[float, Node]] = []
-    deltas: list[tuple[float, Node]] = []
-    for position, (leaf, value) in enumerate(form.terms):
-        if position in pairs:
-            other = form.terms[pairs[position]][0]
-            first, second = (other, leaf) if value > 0 else (leaf, other)
-            bracket = Mix(((1.0, _node(first, index, base)), (-1.0, _node(second, index, base))))
-            deltas.append((-abs(value), bracket))
-        elif position not in partner:
-            alone.append((value, _node(leaf, index, base)))
-    return Mix((*alone, *deltas))
+    compiler = _Compiler(index, base, changes or {})
+    return compiler.mix(form)
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    index: Mapping[Leaf, int]
+    base: str
+    changes: Mapping[str, tuple[Change, ...]]
+
+    def mix(self, form: Linear) -> Mix:
+        pairs, partner = _pairs(form, self.base)
+        alone: list[tuple[float, Node]] = []
+        deltas: list[tuple[float, Node]] = []
+        for position, (leaf, value) in enumerate(form.terms):
+            if position in pairs:
+                other = form.terms[pairs[position]][0]
+                first, second = (other, leaf) if value > 0 else (leaf, other)
+                bracket = Mix(((1.0, self.node(first)), (-1.0, self.node(second))))
+                deltas.append((-abs(value), bracket))
+            elif position not in partner:
+                alone.append((value, self.node(leaf)))
+        return Mix((*alone, *deltas))
+
+    def node(self, leaf: Leaf) -> Node:
+        match leaf:
+            case Applied(method=method, models=models, scalars=scalars):
+                return Apply(method, tuple(self.mix(model) for model in models), scalars)
+            case Baked(model=model, adapter=adapter, strength=strength):
+                return Bake(self.mix(model), self.changes[adapter], strength)
+            case _:
+                return self.index[leaf]
 
 
 def _pairs(form: Linear, base: str) -> tuple[dict[int, int], set[int]]:
@@ -138,7 +200,7 @@ def _pairs(form: Linear, base: str) -> tuple[dict[int, int], set[int]]:
     open_positions: list[int] = []
     pairs: dict[int, int] = {}
     for position, (leaf, value) in enumerate(form.terms):
-        if leaf == base:
+        if leaf == base or isinstance(leaf, AdapterDelta):
             continue
         match = next((at for at in reversed(open_positions) if form.terms[at][1] == -value), None)
         if match is None:
@@ -162,19 +224,24 @@ def _hub(values: Sequence[tuple[int, float]]) -> int | None:
     return next((side[0] for side in (below, above) if len(side) == 1), None)
 
 
-def _node(leaf: str | Applied, index: Mapping[str, int], base: str) -> Node:
-    if isinstance(leaf, str):
-        return index[leaf]
-    models = tuple(compile_mix(model, index, base) for model in leaf.models)
-    return Apply(leaf.method, models, leaf.scalars)
-
-
 def applied_in(mix: Mix) -> Iterator[Apply]:
     """Every method application in a mix, nested ones included."""
+    return (node for node in _nodes(mix) if isinstance(node, Apply))
+
+
+def baked_in(mix: Mix) -> Iterator[Bake]:
+    """Every adapter in a mix that depends on what it goes into, nested ones included."""
+    return (node for node in _nodes(mix) if isinstance(node, Bake))
+
+
+def _nodes(mix: Mix) -> Iterator[Node]:
     for _, node in mix.terms:
-        if isinstance(node, Mix):
-            yield from applied_in(node)
-        elif isinstance(node, Apply):
-            yield node
-            for model in node.models:
-                yield from applied_in(model)
+        yield node
+        match node:
+            case Mix():
+                yield from _nodes(node)
+            case Apply(models=models):
+                for model in models:
+                    yield from _nodes(model)
+            case Bake(model=model):
+                yield from _nodes(model)

@@ -11,7 +11,7 @@ import keyword
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,18 @@ from typing import TypeVar
 import yaml
 
 from ckptools.errors import CkptError, RecipeError, nearest, raise_all
-from ckptools.formula import Formula, Scope, base_model, check_formula, names_in, parse_formula
+from ckptools.formula import (
+    BAKE,
+    Call,
+    Formula,
+    Name,
+    Scope,
+    base_model,
+    check_formula,
+    names_in,
+    parse_formula,
+)
+from ckptools.lora.dora import Reading
 from ckptools.methods import load_methods
 from ckptools.selectors import ParamLine
 from ckptools.tensors import RECIPE_DTYPES
@@ -43,6 +54,9 @@ _YAML_TAGS = {
 }
 
 
+DORAS: tuple[Reading, ...] = ("trained", "comfy")
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """One line of `models:`.
@@ -50,12 +64,16 @@ class ModelRef:
     path      as written; relative paths are relative to the recipe's folder
     sha256    a pin: any other file is refused; "" when not pinned
     where     file:line
+    allow_unmatched  an adapter's tensors that fit nothing in the model are left out, not refused
+    dora      how DoRA's norm is read: "trained", as its trainers define it, or "comfy"
     """
 
     name: str
     path: str
     sha256: str
     where: str
+    allow_unmatched: bool = False
+    dora: Reading = "trained"
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,11 @@ class Recipe:
     """A recipe that means something: every name is known, every formula has its type.
 
     path   the file it came from
+    merge  the formula as written; `result` is it with the adapters of `loras:` baked in, which
+           are among the models as loras[0] …, with parameters loras[0].weight …
     base   the model that gives the list of tensors, the metadata and the carried values
     take   component -> model whose tensors are taken byte for byte
+    loras  the names of the adapters of `loras:` among the models, in order
     """
 
     path: Path
@@ -100,6 +121,7 @@ class Recipe:
     params: Mapping[str, ParamRef]
     lets: Mapping[str, Formula]
     merge: Formula
+    result: Formula
     base: str
     take: Mapping[str, tuple[str, str]]
     output: Output
@@ -110,6 +132,7 @@ class Recipe:
     compat: str = ""
     compat_where: str = ""
     warnings: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
     def file_of(self, model: ModelRef) -> Path:
         """The path of a model, resolved against the recipe's folder; `~` is expanded."""
@@ -117,8 +140,12 @@ class Recipe:
 
     @property
     def output_path(self) -> Path:
-        """The output's path, resolved against the recipe's folder."""
-        return self.path.parent / Path(self.output.path).expanduser()
+        """The output's path, resolved against the recipe's folder.
+
+        A symbolic link is followed: it stays, and the file it leads to is replaced.
+        """
+        path = self.path.parent / Path(self.output.path).expanduser()
+        return path.resolve() if path.is_symlink() else path
 
 
 @dataclass(frozen=True)
@@ -134,6 +161,7 @@ _TEXT: dict[str, object] = {"type": "string", "minLength": 1}
 _NUMBER: dict[str, object] = {"type": "number"}
 _FLAG: dict[str, object] = {"type": "boolean"}
 _DTYPE: dict[str, object] = {"enum": ["keep", *RECIPE_DTYPES]}
+_DORA: dict[str, object] = {"enum": [*DORAS]}
 _NAMED: dict[str, object] = {"pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}
 _SHA256_SCHEMA: dict[str, object] = {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}
 
@@ -152,6 +180,13 @@ def _map_of(schema: Mapping[str, object], **more: object) -> dict[str, object]:
     return {"type": "object", "additionalProperties": schema, **more}
 
 
+_MBW: dict[str, object] = {
+    "description": "Merge block weighted: BASE, IN, M, OUT (26 or 20).",
+    "anyOf": [{"type": "array", "items": _NUMBER}, _TEXT],
+}
+_PARAM: dict[str, object] = {
+    "anyOf": [_NUMBER, _map_of(_NUMBER, minProperties=1, properties={"mbw": _MBW})]
+}
 MODEL_KEYS: dict[str, Key] = {
     "path": Key(
         "A .safetensors file, a *.index.json of shards, or a folder.", _TEXT, required=True
@@ -159,6 +194,12 @@ MODEL_KEYS: dict[str, Key] = {
     "sha256": Key("A pin: the merge refuses any other file.", _SHA256_SCHEMA),
     "revision": Key("Git revision of an hf:// source.", _TEXT),
     "config": Key("A weightless diffusers folder, for rendering.", _TEXT),
+    "allow_unmatched": Key("Leave out an adapter's tensors that fit nothing in the model.", _FLAG),
+    "dora": Key("How DoRA's norm is read (default: as its trainers define it).", _DORA),
+}
+LORA_KEYS: dict[str, Key] = {
+    **MODEL_KEYS,
+    "weight": Key("How strongly it is baked: a number, or a map of selectors.", _PARAM),
 }
 OUTPUT_KEYS: dict[str, Key] = {
     "path": Key("The .safetensors file to write.", _TEXT, required=True),
@@ -186,29 +227,15 @@ TOP_KEYS: dict[str, Key] = {
     "params": Key(
         "Name to number, or to a map of selector (default, component, block, block range, glob "
         "over tensor names) to number; the last line that matches wins.",
-        _map_of(
-            {
-                "anyOf": [
-                    _NUMBER,
-                    _map_of(
-                        _NUMBER,
-                        minProperties=1,
-                        properties={
-                            "mbw": {
-                                "description": "Merge block weighted: BASE, IN, M, OUT (26 or 20).",
-                                "anyOf": [{"type": "array", "items": _NUMBER}, _TEXT],
-                            }
-                        },
-                    ),
-                ]
-            },
-            propertyNames=_NAMED,
-        ),
+        _map_of(_PARAM, propertyNames=_NAMED),
     ),
     "let": Key("Named sub-formulas, in order.", _map_of(_TEXT, propertyNames=_NAMED)),
     "merge": Key("The formula, such as A + (B - C) * M.", _TEXT, required=True),
     "base": Key("The model that gives the tensors, the metadata and the carried values.", _TEXT),
-    "loras": Key("Adapters to bake (not in this version).", {"type": "array"}),
+    "loras": Key(
+        "Adapters to bake into the result, in this order.",
+        {"type": "array", "items": {"anyOf": [_TEXT, _object(LORA_KEYS)]}},
+    ),
     "take": Key("Component to model: taken byte for byte.", _map_of(_TEXT, minProperties=1)),
     "output": Key("The file to write.", _object(OUTPUT_KEYS), required=True),
     "render": Key("Test render (not in this version).", {"type": "object"}),
@@ -219,7 +246,7 @@ TOP_KEYS: dict[str, Key] = {
     "seed": Key("Seed of the methods that draw random numbers.", {"type": "integer", "minimum": 0}),
     "compat": Key("Another tool's mapping of block weights.", _TEXT),
 }
-_LATER = ("loras", "render", "publish", "sweep")
+_LATER = ("render", "publish", "sweep")
 
 
 def recipe_schema() -> dict[str, object]:
@@ -438,6 +465,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
             reader.error(keys[name], f"`{name}:` is not in this version", f"remove `{name}:`")
     models = _models(reader, keys.get("models"))
     params = _params(reader, keys.get("params"), overrides or {}, models)
+    loras, weights = _loras(reader, keys.get("loras"))
     output = _output(reader, keys.get("output"))
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
     compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
@@ -455,12 +483,20 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     raise_all(_in_file_order(reader.errors))  # the rest leans on names and types that hold
     if merge is None or output is None:
         raise AssertionError("a missing key is an error above")
+    warnings = _unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models)
+    scope = replace(
+        scope,
+        models=scope.models | loras.keys(),
+        params=scope.params | weights.keys(),
+        types={},
+    )
     return Recipe(
         path=path,
-        models=MappingProxyType(models),
-        params=MappingProxyType(params),
+        models=MappingProxyType(models | loras),
+        params=MappingProxyType(params | weights),
         lets=scope.lets,
         merge=merge,
+        result=_with_loras(merge, loras),
         base=base or base_model(merge, scope),
         take=MappingProxyType(take),
         output=output,
@@ -470,7 +506,8 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         scope=scope,
         compat=compat or "",
         compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
-        warnings=_unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models),
+        warnings=warnings,
+        loras=tuple(loras),
     )
 
 
@@ -515,7 +552,7 @@ def _identifier(reader: _Reader, key: yaml.Node, name: str, what: str) -> None:
         )
     elif keyword.iskeyword(name):
         reader.error(key, f"{name!r} cannot be the name of a {what}", "Python reserves this word")
-    elif name in load_methods():
+    elif name in load_methods() or name == BAKE:
         reader.error(key, f"{name!r} is the name of a method", f"give the {what} another name")
 
 
@@ -528,28 +565,90 @@ def _models(reader: _Reader, node: yaml.Node | None) -> dict[str, ModelRef]:
         fields = {"path": value}
         if isinstance(value, yaml.MappingNode):
             fields = reader.known(value, f"model {name!r}", MODEL_KEYS)
-        text = {
-            field_name: reader.text(item, f"`{field_name}` of model {name!r}") or ""
-            for field_name, item in fields.items()
-        }
-        sha256 = text.get("sha256", "").lower()
-        if sha256 and not _SHA256.match(sha256):
-            reader.error(fields["sha256"], f"{sha256!r} is not a sha256", "64 hexadecimal digits")
-        path = text.get("path", "")
-        if path.startswith("hf://"):
-            reader.error(
-                fields["path"],
-                "`hf://` sources are not in this version",
-                "download the file (`hf download`) and give its path",
-            )
-        elif "revision" in fields:
-            reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
-        if "config" in fields:
-            reader.error(fields["config"], "`config` is not in this version", "remove `config:`")
-        models[name] = ModelRef(name, path, sha256, reader.where(key))
+        models[name] = _model(reader, name, fields, reader.where(key))
     if not models and isinstance(node, yaml.MappingNode):
         reader.error(node, "no models", "add `A: path/to/model.safetensors`")
     return models
+
+
+def _model(reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: str) -> ModelRef:
+    """One source, from the nodes of its keys."""
+    what = name if name.startswith("loras[") else f"model {name!r}"
+    text = {
+        key: reader.text(fields[key], f"`{key}` of {what}") or ""
+        for key in ("path", "sha256", "revision", "config")
+        if key in fields
+    }
+    sha256 = text.get("sha256", "").lower()
+    if sha256 and not _SHA256.match(sha256):
+        reader.error(fields["sha256"], f"{sha256!r} is not a sha256", "64 hexadecimal digits")
+    if text.get("path", "").startswith("hf://"):
+        reader.error(
+            fields["path"],
+            "`hf://` sources are not in this version",
+            "download the file (`hf download`) and give its path",
+        )
+    elif "revision" in fields:
+        reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
+    if "config" in fields:
+        reader.error(fields["config"], "`config` is not in this version", "remove `config:`")
+    unmatched = fields.get("allow_unmatched")
+    dora = _one_of(reader, fields.get("dora"), "dora", DORAS)
+    return ModelRef(
+        name=name,
+        path=text.get("path", ""),
+        sha256=sha256,
+        where=where,
+        allow_unmatched=unmatched is not None and reader.flag(unmatched, "allow_unmatched"),
+        dora="comfy" if dora == "comfy" else "trained",
+    )
+
+
+def _loras(
+    reader: _Reader, node: yaml.Node | None
+) -> tuple[dict[str, ModelRef], dict[str, ParamRef]]:
+    """The adapters of `loras:` as models `loras[0]` …, and their weights as parameters."""
+    refs: dict[str, ModelRef] = {}
+    weights: dict[str, ParamRef] = {}
+    if node is None:
+        return refs, weights
+    if not isinstance(node, yaml.SequenceNode):
+        reader.error(
+            node, f"loras must be a list, it is {_shape(node)}", "write `- {path: …, weight: 0.8}`"
+        )
+        return refs, weights
+    for number, item in enumerate(node.value):
+        name = f"loras[{number}]"
+        fields = {"path": item}
+        if isinstance(item, yaml.MappingNode):
+            fields = reader.known(item, name, LORA_KEYS)
+        weight = fields.pop("weight", None)
+        refs[name] = _model(reader, name, fields, reader.where(item))
+        weights[lora_weight(name)] = (
+            _param(reader, lora_weight(name), weight)
+            if weight is not None
+            else ParamRef(
+                lora_weight(name),
+                (ParamLine("default", 1.0, reader.where(item)),),
+                (),
+                reader.where(item),
+            )
+        )
+    return refs, weights
+
+
+def lora_weight(lora: str) -> str:
+    """The parameter that holds the weight of a `loras:` entry."""
+    return f"{lora}.weight"
+
+
+def _with_loras(merge: Formula, loras: Collection[str]) -> Formula:
+    """The formula with every adapter of `loras:` baked into its result, in order."""
+    tree = merge.tree
+    for name in loras:
+        arguments = (tree, Name(name, 1), Name(lora_weight(name), 1))
+        tree = Call(BAKE, arguments, (), 1)
+    return Formula(merge.text, tree, merge.where)
 
 
 def _params(

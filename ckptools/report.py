@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ckptools.family import Family
     from ckptools.methods import Method
-    from ckptools.plan import Plan, Source, Step
+    from ckptools.plan import Baking, Plan, Source, Step
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
@@ -160,6 +160,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
         "variant": plan.variant,
         "base": plan.base.name,
         "models": {source.name: _source_json(source) for source in plan.sources},
+        "adapters": {baking.source.name: _baking_json(baking) for baking in plan.bakings},
         "tensors": plan.counts,
         "components": {
             component: {
@@ -190,6 +191,21 @@ def _source_json(source: Source) -> dict[str, object]:
         "variant": detection.variant,
         "evidence": list(detection.evidence),
         "rejected": [{"family": r.family, "reason": r.reason} for r in detection.rejected],
+    }
+
+
+def _baking_json(baking: Baking) -> dict[str, object]:
+    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks
+
+    file = baking.file
+    return {
+        "kind": list(adapter_kinds(file)),
+        "base": [fit.family for fit in adapter_bases(file)],
+        "modules": len(file.modules),
+        "ranks": list(adapter_ranks(file)),
+        "scales": list(baking.used_scales),
+        "matched": baking.matched,
+        "unmatched": list(baking.match.unmatched),
     }
 
 
@@ -227,6 +243,8 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         size = gigabytes(source.checkpoint.file_bytes)
         _row(models, source.name, source.checkpoint.path.name, source.title, size)
     _show_table(models)
+    if plan.bakings:
+        _show_adapters(plan)
     table = _table("component", "merged", "copied", "cast", "carried", "size", "stored as",
                    "formula", numbers=(1, 2, 3, 4, 5))  # fmt: skip
     for component, steps in _by_component(plan).items():
@@ -248,6 +266,21 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         show_line(f"warning: {warning}")
     if details:
         _show_unmerged(plan)
+
+
+def _show_adapters(plan: Plan) -> None:
+    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks, span
+
+    table = _table("adapter", "kind", "for", "rank", "scale", "modules", numbers=(3, 4))
+    for baking in plan.bakings:
+        file, ranks = baking.file, adapter_ranks(baking.file)
+        bases = " or ".join(fit.family for fit in adapter_bases(file)) or "·"
+        parts = [f"{count:,} in {component}" for component, count in baking.matched.items()]
+        if baking.match.unmatched:
+            parts.append(f"{len(baking.match.unmatched):,} match nothing")
+        _row(table, baking.source.name, " and ".join(adapter_kinds(file)), bases,
+             span(ranks) if ranks else "·", span(baking.used_scales), ", ".join(parts))  # fmt: skip
+    _show_table(table)
 
 
 def _show_unmerged(plan: Plan) -> None:
@@ -276,6 +309,7 @@ def _forms_text(steps: Sequence[Step]) -> list[str]:
 
 def explain_json(plan: Plan, step: Step) -> dict[str, object]:
     """One tensor's step as data."""
+    from ckptools.plan import changes_in, module_kind
     from ckptools.program import reads_of
 
     return {
@@ -292,6 +326,17 @@ def explain_json(plan: Plan, step: Step) -> dict[str, object]:
             name: {"value": line.value, "selector": line.selector, "where": line.where}
             for name, line in step.lines.items()
         },
+        "adapters": [
+            {
+                "adapter": one.adapter,
+                "module": one.change.module.name,
+                "kind": module_kind(one.change.module),
+                "rank": one.change.module.rank,
+                "scale": one.change.scale,
+                "weight": one.weight,
+            }
+            for one in changes_in(plan, step)
+        ],
         "reads": [
             {
                 "model": plan.sources[read.source].name,
@@ -306,6 +351,7 @@ def explain_json(plan: Plan, step: Step) -> dict[str, object]:
 
 def show_explanation(plan: Plan, step: Step) -> None:
     """The formula with the numbers of one tensor, and which line set each."""
+    from ckptools.plan import changes_in, module_kind
     from ckptools.program import reads_of
 
     show_line(step.spec.name)
@@ -317,6 +363,13 @@ def show_explanation(plan: Plan, step: Step) -> None:
         show_line(f"  here:    {step.form}")
     for name, line in step.lines.items():
         show_line(f"  {name} = {line.value:g}, set by {line.selector!r} at {line.where}")
+    for one in changes_in(plan, step):
+        module = one.change.module
+        rank = f" of rank {module.rank}" if module.rank is not None else ""
+        show_line(
+            f"  {one.adapter}: {module.name}, {module_kind(module)}{rank}, "
+            f"scale {one.change.scale:g}, weight {one.weight:g}"
+        )
     for read in reads_of(step.program):
         show_line(f"  {plan.sources[read.source].name}: {read.name}, {read.spec}")
 
@@ -334,7 +387,7 @@ def merge_json(result: MergeResult) -> dict[str, object]:
         "manifest": shown_path(result.manifest),
         "verified": {"finite": result.finite, "recomputed": result.recomputed},
         "tensors": result.plan.counts,
-        "output_bytes": result.plan.output_bytes,
+        "output_bytes": result.file_bytes,
         "warnings": list(result.plan.warnings),
         "notes": [*result.plan.notes, *result.notes],
     }
@@ -342,9 +395,9 @@ def merge_json(result: MergeResult) -> dict[str, object]:
 
 def show_merge(result: MergeResult) -> None:
     """What was done, in five lines."""
-    plan, counts = result.plan, result.plan.counts
+    counts = result.plan.counts
     parts = [f"{count:,} {action}" for action, count in counts.items() if count]
-    show_line(f"wrote {shown_path(result.output)} ({gigabytes(plan.output_bytes)})")
+    show_line(f"wrote {shown_path(result.output)} ({gigabytes(result.file_bytes)})")
     show_line(f"  tensors: {', '.join(parts)}")
     finite = "all values finite" if result.finite else "not all values finite"
     show_line(
@@ -354,6 +407,15 @@ def show_merge(result: MergeResult) -> None:
     show_line(f"  manifest: {shown_path(result.manifest)}")
     peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
     show_line(f"  {result.seconds:.1f} s{peak}")
+
+
+class WarningsOnly(Progress):
+    """Says nothing but the plan's warnings, on stderr."""
+
+    def planned(self, plan: Plan) -> None:
+        """Every warning, before the merge begins."""
+        for warning in plan.warnings:
+            show_message(f"warning: {warning}")
 
 
 class BarProgress(Progress):

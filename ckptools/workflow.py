@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ class MergeResult:
     peak_bytes   the process's peak memory so far, as the system counted it
     finite       whether every value of the output is finite
     recomputed   how many tensors were computed again and compared
+    file_bytes   size of the output, headers included
     notes        what was found on the way
     """
 
@@ -61,6 +63,7 @@ class MergeResult:
     peak_bytes: int
     finite: bool
     recomputed: int
+    file_bytes: int
     notes: tuple[str, ...]
 
 
@@ -146,9 +149,8 @@ models:
   B: "{models}/B.safetensors"  # outlined
   C: "{models}/C.safetensors"  # the base that both were trained from
 params:
-  M: {{default: 0.8, text_encoder: 0.5}}
+  M: {{default: 1, "IN00-IN02": 0.8, vae: 0}}
 merge: A + (B - C) * M
-take: {{vae: A}}
 output: {{path: pastel-outlined.safetensors}}
 """
 
@@ -238,7 +240,9 @@ def _write(
         for source in plan.sources:
             source.checkpoint.check_unchanged()
         recomputed = _verify(plan, layouts, settings, streamed.sha256)
-        notes = (*embedded.notes, *streamed.notes)
+        stale = _stale_shards(plan)
+        removed = (f"{len(stale)} shards of the replaced output are removed",) if stale else ()
+        notes = (*embedded.notes, *streamed.notes, *removed)
         verified = {"finite": not streamed.nonfinite, "recomputed": recomputed}
         document = manifest_document(
             plan, layouts, sha256s=sha256s, data_sha256s=streamed.sha256s, verified=verified,
@@ -252,6 +256,9 @@ def _write(
             part.sync()
         for part in parts:  # from here on only names change
             part.commit()
+    for path in stale:
+        with suppress(OSError):  # what is left of them is no part of any index
+            path.unlink()
     sync_folder(recipe.output_path.parent)
     return MergeResult(
         plan=plan,
@@ -262,8 +269,21 @@ def _write(
         peak_bytes=peak_memory_bytes(),
         finite=not streamed.nonfinite,
         recomputed=recomputed,
+        file_bytes=sum(layout.file_bytes for layout in layouts),
         notes=notes,
     )
+
+
+def _stale_shards(plan: Plan) -> list[Path]:
+    """Shards of an output that this one replaces, cut in another number of files."""
+    output = plan.recipe.output_path
+    pattern = re.compile(rf"{re.escape(output.stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
+    if len(plan.shards) == 1 or not index_path(output).exists():
+        return []
+    there = sorted(path for path in output.parent.iterdir() if pattern.fullmatch(path.name))
+    inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
+    kept = {path.resolve() for path in (*plan.outputs, *inputs)}
+    return [path for path in there if path.resolve() not in kept]
 
 
 @dataclass(frozen=True)

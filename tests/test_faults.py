@@ -396,7 +396,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     done = run(job)
 
     assert done.returncode == 2
-    assert "the disk is too full: the output needs 0.07 GB, 0.02 GB are free" in done.stderr
+    assert "the disk is too full: the output needs 67.0 MB, 21.0 MB are free" in done.stderr
     job.assert_untouched()
 
 

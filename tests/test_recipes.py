@@ -80,6 +80,20 @@ def test_the_demo_merges_and_says_so(
     assert run(["demo"]) == 0  # and again
 
 
+@pytest.mark.parametrize("name", ["striped", "glow"])
+def test_a_shipped_adapter_fits_the_family_and_is_shown(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, model = str(TINY / f"{name}.safetensors"), str(TINY / "A.safetensors")
+
+    assert run(["lora", "inspect", adapter]) == 0
+    assert "rank" in capsys.readouterr().out
+    assert run(["lora", "check", adapter, "--against", model]) == 0
+    out = capsys.readouterr().out
+    assert "unet" in out
+    assert "IN04" in out
+
+
 def test_the_tiny_family_is_what_it_says() -> None:
     """Five models of one layout, fp16, finite, below the sizes that were promised."""
     files = sorted(TINY.glob("*.safetensors"))

@@ -17,7 +17,9 @@ import click
 
 from ckptools.errors import CkptError
 
-_COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema")
+_COMMANDS = ("merge", "plan", "explain", "methods", "families", "demo", "schema", "lora")
+# A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
+_TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _CANCELLED = 130  # as shells report an end by Ctrl-C
 
 
@@ -66,15 +68,18 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    for number in _TERMINATING:
+        signal.signal(number, _on_terminate)
     code = run(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is done; its exit code should say so
+    for number in _TERMINATING:
+        signal.signal(number, signal.SIG_IGN)  # it is done; its exit code should say so
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
-    command = next((word for word in arguments if not word.startswith("-")), "")
+    words = [word for word in arguments if not word.startswith("-")]
+    command = "-".join(words[: 2 if words[:1] == ["lora"] else 1])
     as_json = bool(command) and "--json" in arguments
     try:
         result = group.main(args=arguments, prog_name="ckptools", standalone_mode=False)

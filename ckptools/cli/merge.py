@@ -22,7 +22,7 @@ from ckptools.cli.options import json_option, load, output_option, recipe_argume
 )  # fmt: skip
 @click.option("--hash-inputs", is_flag=True, help="Record the sha256 of every input.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 def command(
     recipe: Path,
     settings: Mapping[str, float],
@@ -44,7 +44,7 @@ def command(
     from ckptools.workflow import merge
 
     loaded = load(recipe, settings, output)
-    with nullcontext() if quiet else report.BarProgress() as progress:
+    with nullcontext(report.WarningsOnly()) if quiet else report.BarProgress() as progress:
         result = merge(
             loaded, threads=threads, force=force, hash_inputs=hash_inputs, progress=progress
         )

@@ -35,7 +35,7 @@ def set_option(function: F) -> F:
     """`--set NAME=NUMBER`: a parameter's number for this run."""
     return click.option(
         "--set", "settings", multiple=True, metavar="NAME=NUMBER", callback=_settings,
-        help="Use this number for a parameter (may be repeated).",
+        help="Use this number for a parameter, in place of its number or selectors (repeatable).",
     )(function)  # fmt: skip
 
 

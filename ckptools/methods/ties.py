@@ -23,9 +23,10 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
     """Trim each task vector, elect a sign per element, average the deltas that agree.
 
     models, base  same shape; the task vectors are models - base
-    density       share of each task vector that is kept, largest magnitudes first; elements
-                  tied with the smallest one kept are all kept
+    density       share of each task vector that is kept: the floor(density * n) largest
+                  magnitudes, and all that are tied with the smallest of them
     scale         factor on the merged task vector (the paper's lambda)
+    The elected sign is that of the trimmed deltas' sum; where they cancel to 0 it is +, as in PEFT.
     """
     import torch
 

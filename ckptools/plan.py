@@ -71,7 +71,7 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 
 # Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas.
 PROCESS_BYTES = 240_000_000
-WORKER_BYTES = 8_000_000
+WORKER_BYTES = 14_000_000
 _ADAPTER_KINDS = {"lora", "embedding"}
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
@@ -247,7 +247,7 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted peak of the process's memory."""
         reads = max((len(reads_of(step.program)) for step in self.steps), default=0)
-        workers = self.threads * (WORKER_BYTES + reads * 1_500_000)
+        workers = self.threads * (WORKER_BYTES + reads * 3_000_000)
         return PROCESS_BYTES + workers + max(map(_whole_bytes, self.steps), default=0)
 
     @property

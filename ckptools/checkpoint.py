@@ -613,6 +613,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, [_source_file(path)])
 
 
+def json_beside(path: Path, name: str) -> dict[str, object] | None:
+    """The JSON object in the file `name` beside a checkpoint, or None where there is no such file.
+
+    Raises `InputError` for one that cannot be read or is no object.
+    """
+    beside = path.parent / name
+    if not beside.is_file():
+        return None
+    try:
+        document = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot be read: {exc}", where=str(beside)) from exc
+    if not isinstance(document, dict):
+        raise InputError("is not a JSON object", where=str(beside))
+    return document
+
+
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()

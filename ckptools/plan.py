@@ -5,7 +5,6 @@ Every check lives here and all mistakes are reported together. Reads no tensor b
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from ckptools.checkpoint import Checkpoint, open_checkpoint
+from ckptools.checkpoint import Checkpoint, json_beside, open_checkpoint
 from ckptools.errors import (
     CkptError,
     InputError,
@@ -40,7 +39,7 @@ from ckptools.formula import (
     used_names,
 )
 from ckptools.keymap import key_map_ids
-from ckptools.lora.group import AdapterFile, Module, group, scale_of
+from ckptools.lora.group import PEFT_CONFIG, AdapterFile, Module, group, scale_of
 from ckptools.lora.kinds import load_kinds
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import Fit, fitting_families, targets
@@ -399,25 +398,13 @@ def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
                 f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
                 fix="bake() takes a model and an adapter",
             )
-        adapter = group(checkpoint, checkpoint.metadata, config=_config_beside(checkpoint.path))
+        adapter = group(
+            checkpoint, checkpoint.metadata, config=json_beside(checkpoint.path, PEFT_CONFIG)
+        )
     except BaseException:
         checkpoint.close()
         raise
     return Source(ref, checkpoint, detection, MappingProxyType({}), adapter=adapter)
-
-
-def _config_beside(path: Path) -> dict[str, object] | None:
-    """PEFT's `adapter_config.json` in the adapter's folder, if there is one."""
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        document = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be read: {exc}", where=str(config)) from exc
-    if not isinstance(document, dict):
-        raise InputError("is not a JSON object", where=str(config))
-    return document
 
 
 def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
@@ -789,7 +776,7 @@ class _Planner:
         changes = self._changes(leaf.adapter, name)
         if not changes:
             return model
-        if all(_is_delta(change) for change in changes):
+        if all(change.is_delta for change in changes):
             return model + Linear.of(AdapterDelta(leaf.adapter)) * leaf.strength
         return Linear.of(Baked(model, leaf.adapter, leaf.strength))
 
@@ -1185,16 +1172,6 @@ def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precisi
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
     return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
-
-
-def _is_delta(change: Change) -> bool:
-    """Whether a change can be added row by row, without the weight or the whole of it."""
-    return (
-        change.module.additive
-        and not change.bias
-        and change.target.op != "transpose"
-        and change.shape == change.target.shape
-    )
 
 
 def _adapters_in(form: Linear) -> list[AdapterDelta | Baked]:

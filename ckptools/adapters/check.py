@@ -203,7 +203,7 @@ def change_norm(adapter: Adapter, places: Sequence[Placed], weight: Tensor) -> f
         for placed in places
     ]
     parts = [adapter.load(change.module) for change in changes]
-    if all(_is_delta(change) for change in changes):
+    if all(change.is_delta for change in changes):
         shape = tuple(weight.shape)
         delta = delta_elements(changes, parts, shape, 0, weight.numel())
         return float(delta.double().norm())
@@ -213,13 +213,3 @@ def change_norm(adapter: Adapter, places: Sequence[Placed], weight: Tensor) -> f
         wide = {part: t.double() if t.is_floating_point() else t for part, t in own.items()}
         bake_change(change, wide, after, 1.0)
     return float((after - before).norm())
-
-
-def _is_delta(change: Change) -> bool:
-    """Whether a change does not need the weight, and goes into it row by row."""
-    return (
-        change.module.additive
-        and not change.bias
-        and change.target.op != "transpose"
-        and change.shape == change.target.shape
-    )

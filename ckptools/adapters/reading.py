@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ckptools.checkpoint import Checkpoint, open_checkpoint
+from ckptools.checkpoint import Checkpoint, json_beside, open_checkpoint
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of
 from ckptools.keymap import key_map, key_map_ids
 from ckptools.lora import AdapterFile, group, load_kinds, scale_of
-from ckptools.lora.group import Module
+from ckptools.lora.group import PEFT_CONFIG, Module
 from ckptools.lora.names import Fit, NameMap, Target, fitting_families, targets
 from ckptools.tensors import TensorSpec
 
@@ -139,26 +138,12 @@ def open_adapter(path: Path, *, allow_unknown: bool = False) -> Iterator[Adapter
                 where=str(path),
                 fix="give a LoRA or LyCORIS file",
             )
-        config = config_beside(checkpoint.path)
+        config = json_beside(checkpoint.path, PEFT_CONFIG)
         unknown = allow_unknown and detection.kind == "lora"
         file = group(checkpoint, checkpoint.metadata, config=config, allow_unknown=unknown)
         if not file.modules and not file.embeddings:
             raise InputError("there is no adapter in this file", where=str(path))
         yield Adapter(checkpoint, detection, file)
-
-
-def config_beside(path: Path) -> dict[str, object] | None:
-    """PEFT's `adapter_config.json` in the adapter's folder, if there is one."""
-    config = path.parent / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        document = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be read: {exc}", where=str(config)) from exc
-    if not isinstance(document, dict):
-        raise InputError("is not a JSON object", where=str(config))
-    return document
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ckptools.lora.kinds import Kind, Layout, Measure, Settings, Shapes, load_ki
 from ckptools.lora.parts import EMBEDDING, split_key
 from ckptools.tensors import TensorSpec
 
+PEFT_CONFIG = "adapter_config.json"  # the file that lies beside a PEFT adapter
 CONFIG_KEY = "lora_adapter_metadata"
 DORA_PARTS = ("dora_scale", "magnitude")
 

@@ -27,6 +27,16 @@ class Placed:
     shape: tuple[int, ...]
     bias: bool = False
 
+    @property
+    def is_delta(self) -> bool:
+        """Whether the change can be added row by row, without the weight or the whole of it."""
+        return (
+            self.module.additive
+            and not self.bias
+            and self.target.op != "transpose"
+            and self.shape == self.target.shape
+        )
+
 
 @dataclass(frozen=True)
 class Match:

@@ -494,10 +494,43 @@ def _number(data: bytes, dtype: str, name: str) -> float:
     return float(struct.unpack(_STRUCT[dtype], data)[0])
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where a run of a tensor's elements lies, in the tensor's own order.
+
+    file     index among the checkpoint's files
+    start    byte offset of the run's first element in that file
+    nbytes   of the run as the tensor has it, not of what it spans in the file
+    strides  (size, stride in elements) of each dim, the outermost first; () where the elements
+             follow one another
+    """
+
+    file: int
+    start: int
+    nbytes: int
+    strides: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint that does not store them as a safetensors header says.
+
+    specs    by name
+    extents  name -> its runs of elements, one after the other
+    layout   "diffusers" where the names given here are not the file's own, else ""
+    """
+
+    specs: Mapping[str, TensorSpec]
+    extents: Mapping[str, tuple[Extent, ...]]
+    layout: str = ""
+
+
 class Checkpoint(Mapping[str, TensorSpec]):
-    """A lazy mapping of tensor names to specs, over one file or many shards.
+    """A lazy mapping of tensor names to specs, over one file or many.
 
     Values come only through `read_into`, into memory the caller owns. Close it when done.
+
+    layout  "diffusers" where a folder's tensors are shown under their single-file names, else ""
     """
 
     def __init__(
@@ -506,17 +539,16 @@ class Checkpoint(Mapping[str, TensorSpec]):
         files: Sequence[SourceFile],
         metadata: Mapping[str, str] | None = None,
         *,
+        tensors: Tensors | None = None,
         warnings: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.files = tuple(files)
         self.metadata = files[0].header.metadata if metadata is None else metadata
         self._warnings = warnings
-        self._specs: dict[str, TensorSpec] = {}
-        self._places: dict[str, tuple[int, int]] = {}
-        for number, file in enumerate(self.files):
-            self._specs.update(file.header.specs)
-            self._places.update((name, (number, at)) for name, at in file.header.starts.items())
+        tensors = tensors or _as_stored(self.files)
+        self.layout = tensors.layout
+        self._specs, self._extents = tensors.specs, tensors.extents
         self._open: dict[int, Descriptor] = {}
         self._lock = threading.Lock()
 
@@ -548,10 +580,22 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     def read_into(self, name: str, view: memoryview, offset: int = 0) -> None:
         """Fill `view` (bytes) with the tensor's data from byte `offset` of the tensor on."""
-        number, start = self._places[name]
-        if offset + len(view) > self._specs[name].nbytes:
+        spec = self._specs[name]
+        if offset + len(view) > spec.nbytes:
             raise ValueError(f"read past the end of {name!r}")
-        self._descriptor(number).read_into(view, start + offset)
+        for extent in self._extents[name]:
+            if offset >= extent.nbytes:
+                offset -= extent.nbytes
+                continue
+            part = view[: extent.nbytes - offset]
+            file = self._descriptor(extent.file)
+            if extent.strides:
+                _gather(file, extent, DTYPES[spec.dtype].bits // 8, part, offset)
+            else:
+                file.read_into(part, extent.start + offset)
+            view, offset = view[len(part) :], 0
+            if not view:
+                return
 
     def read(self, name: str) -> bytes:
         """All bytes of one tensor: for small ones."""
@@ -600,7 +644,39 @@ class Checkpoint(Mapping[str, TensorSpec]):
         self.close()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def _as_stored(files: Sequence[SourceFile]) -> Tensors:
+    specs: dict[str, TensorSpec] = {}
+    extents: dict[str, tuple[Extent, ...]] = {}
+    for number, file in enumerate(files):
+        specs.update(file.header.specs)
+        for name, start in file.header.starts.items():
+            extents[name] = (Extent(number, start, specs[name].nbytes),)
+    return Tensors(specs, extents)
+
+
+def _gather(file: Descriptor, extent: Extent, width: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with elements that do not follow one another, from byte `offset` of the run on.
+
+    Reads what the wanted rows of the outermost dim span, so a transposed tensor is read whole.
+    width: bytes of an element; `offset` and `view` hold whole elements.
+    """
+    import numpy as np
+
+    (_, row_stride), *inner = extent.strides
+    row = math.prod(size for size, _ in inner)  # elements of one row
+    first, last = offset // width // row, -(-(offset + len(view)) // (width * row))
+    shape = (last - first, *(size for size, _ in inner))
+    strides = (row_stride, *(stride for _, stride in inner))
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    raw = bytearray(span * width)
+    file.read_into(memoryview(raw), extent.start + first * row_stride * width)
+    stored = np.frombuffer(raw, np.dtype((np.void, width)))
+    rows = np.lib.stride_tricks.as_strided(stored, shape, [stride * width for stride in strides])
+    skip = offset - first * row * width
+    view[:] = np.ascontiguousarray(rows).tobytes()[skip : skip + len(view)]
+
+
+def open_safetensors(path: Path) -> Checkpoint:
     """Open a `.safetensors` file, a `*.index.json` of shards, or a folder that holds one of them.
 
     Reads headers only. Raises `InputError`, `InvalidFileError`, or `UnsafeError` for an index

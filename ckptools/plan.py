@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from ckptools.checkpoint import Checkpoint, json_beside, open_checkpoint
+from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.errors import (
     CkptError,
     InputError,
@@ -62,6 +62,7 @@ from ckptools.program import (
 )
 from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
+from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.writer import index_path, shard_paths, split_shards
 

@@ -14,12 +14,12 @@ from models import UNET, Specs, shrunk, with_channels, write_model, write_tensor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ckptools.checkpoint import open_checkpoint
 from ckptools.cli import run
 from ckptools.errors import CkptError, InputError, ManyErrors, NonFiniteError, RecipeError
 from ckptools.lora import bake_bias, bake_weight, group, scale_of
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.recipe import load_recipe
+from ckptools.sources import open_checkpoint
 from ckptools.workflow import merge
 
 Tensors = dict[str, Tensor]

@@ -13,7 +13,7 @@ import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from models import model_values, shrunk, write_tensors
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ckptools import checkpoint as checkpoint_module
-from ckptools.checkpoint import Descriptor, open_checkpoint, read_header
+from ckptools.checkpoint import (
+    Checkpoint,
+    Descriptor,
+    Extent,
+    Identity,
+    SourceFile,
+    Tensors,
+    read_header,
+)
 from ckptools.errors import InputError, InvalidFileError, UnsafeError
+from ckptools.sources import open_checkpoint
 from ckptools.tensors import DTYPES, TensorSpec
 
 ORACLE_VERSION = tuple(map(int, safetensors.__version__.split(".")[:2]))
@@ -984,3 +994,61 @@ def test_a_header_beyond_100_mb_is_not_read(tmp_path: Path) -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak_bytes < 1_000_000
+
+
+# --- tensors whose elements do not follow one another --------------------------------------------
+
+
+def laid_out(
+    tmp_path: Path, values: torch.Tensor, *extents: Extent, shape: list[int]
+) -> Checkpoint:
+    """A checkpoint whose tensor "x" lies as the extents say in a file of these values."""
+    path = tmp_path / "raw.safetensors"
+    save_file({"raw": values}, path)
+    header = read_header(path)
+    start = header.starts["raw"]
+    moved = tuple(replace(extent, start=start + extent.start) for extent in extents)
+    spec = TensorSpec("x", header.specs["raw"].dtype, tuple(shape))
+    file = SourceFile(path, header, Identity.of(path))
+    return Checkpoint(path, [file], tensors=Tensors({"x": spec}, {"x": moved}))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda values: values.t(),
+        lambda values: values[3:, ::2],
+        lambda values: values.expand(5, 7, 9).permute(2, 0, 1),
+        lambda values: values[0, 0].expand(6),
+    ],
+    ids=["transposed", "every second column", "expanded and permuted", "one number"],
+)
+def test_strided_tensors_read_as_torch_sees_them_from_any_element_on(
+    tmp_path: Path, view: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    values = torch.arange(63, dtype=torch.float32).view(7, 9)
+    seen = view(values)
+    strides = tuple(zip(seen.shape, seen.stride(), strict=True))
+    extent = Extent(0, 4 * seen.storage_offset(), 4 * seen.numel(), strides)
+    expected = seen.contiguous().numpy().tobytes()
+
+    with laid_out(tmp_path, values, extent, shape=list(seen.shape)) as checkpoint:
+        assert checkpoint.read("x") == expected
+        for begin, end in [(0, 1), (1, 3), (5, seen.numel()), (seen.numel() // 2, seen.numel())]:
+            part = bytearray(4 * (end - begin))
+            checkpoint.read_into("x", memoryview(part), 4 * begin)
+            assert bytes(part) == expected[4 * begin : 4 * end]
+
+
+def test_a_tensor_may_lie_in_several_runs(tmp_path: Path) -> None:
+    values = torch.arange(12, dtype=torch.int16)
+    runs = [Extent(0, 16, 8), Extent(0, 0, 4), Extent(0, 8, 6, ((3, 1),))]
+    expected = torch.cat([values[8:12], values[:2], values[4:7]]).numpy().tobytes()
+
+    with laid_out(tmp_path, values, *runs, shape=[9]) as checkpoint:
+        assert checkpoint.read("x") == expected
+        for begin in range(9):
+            for end in range(begin, 10):
+                part = bytearray(2 * (end - begin))
+                checkpoint.read_into("x", memoryview(part), 2 * begin)
+                assert bytes(part) == expected[2 * begin : 2 * end]

@@ -19,10 +19,10 @@ import torch
 from models import shrunk, with_channels, write_model
 from safetensors import safe_open
 
-from ckptools.checkpoint import open_checkpoint
 from ckptools.errors import OutputError
 from ckptools.manifest import HASH_KEY, MANIFEST_SCHEMA, manifest_path, names_local_path, versions
 from ckptools.recipe import load_recipe
+from ckptools.sources import open_checkpoint
 from ckptools.workflow import MergeResult, merge
 from ckptools.writer import PartFile
 

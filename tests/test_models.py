@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import layout, model_values, shrunk, with_channels, write_model
 
-from ckptools.checkpoint import open_checkpoint
 from ckptools.family import detect
+from ckptools.sources import open_checkpoint
 
 CHECKPOINTS = [
     ("sd1", "sd1", "base"),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ckptools.checkpoint import open_checkpoint
 from ckptools.cli import run
 from ckptools.family import detect
+from ckptools.sources import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ckptools import writer
-from ckptools.checkpoint import open_checkpoint, read_header
+from ckptools.checkpoint import read_header
 from ckptools.errors import OutputError, VerificationError
+from ckptools.sources import open_checkpoint
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.verify import check_structure
 from ckptools.writer import (

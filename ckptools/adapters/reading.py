@@ -11,13 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ckptools.checkpoint import Checkpoint, json_beside, open_checkpoint
+from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of
 from ckptools.keymap import key_map, key_map_ids
 from ckptools.lora import AdapterFile, group, load_kinds, scale_of
 from ckptools.lora.group import PEFT_CONFIG, Module
 from ckptools.lora.names import Fit, NameMap, Target, fitting_families, targets
+from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 
 if TYPE_CHECKING:

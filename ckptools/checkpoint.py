@@ -37,6 +37,9 @@ _STRUCT = {
 }  # fmt: skip
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _INDEX_SUFFIX = ".index.json"
+_VARIANT_INDEX = re.compile(
+    r".*\.safetensors\.index\.[\w-]+\.json"
+)  # x.safetensors.index.fp16.json
 _SNIFF_BYTES = 512
 
 
@@ -578,6 +581,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """Oddities of the headers or the index that do not stop a merge."""
         return (*self._warnings, *(text for file in self.files for text in file.header.warnings))
 
+    def extents(self, name: str) -> tuple[Extent, ...]:
+        """Where a tensor's elements lie: runs in its own order."""
+        return self._extents[name]
+
     def read_into(self, name: str, view: memoryview, offset: int = 0) -> None:
         """Fill `view` (bytes) with the tensor's data from byte `offset` of the tensor on."""
         spec = self._specs[name]
@@ -684,7 +691,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     """
     if _is_folder(path):
         path = _weights_in(path)
-    if path.name.endswith(_INDEX_SUFFIX):
+    if path.name.endswith(_INDEX_SUFFIX) or _VARIANT_INDEX.fullmatch(path.name):
         return _open_sharded(path)
     return Checkpoint(path, [_source_file(path)])
 
@@ -720,12 +727,6 @@ def _source_file(path: Path) -> SourceFile:
 
 
 def _weights_in(folder: Path) -> Path:
-    if (folder / "model_index.json").is_file():
-        raise InputError(
-            "a diffusers folder; this version reads single files and shards",
-            where=str(folder),
-            fix="give the single-file checkpoint of the model",
-        )
     indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     candidates = indexes or sorted(folder.glob("*.safetensors"))
     if len(candidates) == 1:

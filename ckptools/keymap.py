@@ -7,7 +7,7 @@ and shapes, no values: no torch here.
     extends     another file; its `ranges`, `tables` and `adapters` hold where this one is silent
     ranges      letter → "first-last": the numbers a letter stands for between braces
     components  diffusers' component → prefix (or a list, the usual one first), names, adapters,
-                ordinal
+                ordinal, older (words of names in folders of earlier releases → today's)
     tables      name → names, for "@name"
     adapters, ordinals, fits
                 what adapter files call modules: `AdapterNames`, `Ordinal`, `AdapterMark` below
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -124,6 +124,7 @@ class Component:
 
     prefixes  of the checkpoint's names, the usual one first
     lines     checkpoint's name without prefix → shares; () has no counterpart
+    older     words of names that earlier releases of diffusers wrote → today's
     """
 
     id: str
@@ -131,6 +132,7 @@ class Component:
     lines: Mapping[str, tuple[_Share, ...]]
     adapters: AdapterNames
     ordinal: Ordinal | None
+    older: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def back(self) -> Mapping[str, tuple[str, int]]:
@@ -142,6 +144,18 @@ class Component:
                 for index, share in enumerate(shares)
             }
         )
+
+    def usual_name(self, name: str) -> str:
+        """How a folder's tensor is called today; `name` where the map knows no other spelling.
+
+        Earlier releases of diffusers called layers otherwise, and releases of transformers differ
+        in whether a text model's names begin with "text_model.".
+        """
+        words = ".".join(self.older.get(word, word) for word in name.split("."))
+        for spelling in (name, words, self.adapters.optional + name):
+            if _longest(self.back, spelling) is not None:
+                return spelling
+        return name
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +201,10 @@ class KeyMap:
                 part = (share.part * shape[0], (share.part + 1) * shape[0])
             pieces.append(Piece(component.id, share.name + tail, rows, part, op, shape))
         return tuple(pieces)
+
+    def checkpoint_spec(self, component: str, spec: TensorSpec) -> TensorSpec | None:
+        """The single file's tensor that holds a tensor of a folder's component, or None."""
+        return _checkpoint_spec(self.components[component], spec)
 
     def checkpoint_specs(
         self, folders: Mapping[str, Mapping[str, TensorSpec]]
@@ -324,7 +342,7 @@ def read_key_map(folder: Path, family: str) -> KeyMap:
 
 
 _KEYS = ("extends", "ranges", "components", "tables", "adapters", "ordinals", "fits")
-_COMPONENT_KEYS = ("prefix", "names", "adapters", "ordinal")
+_COMPONENT_KEYS = ("prefix", "names", "adapters", "ordinal", "older")
 _ADAPTER_KEYS = ("underscored", "dotted", "original", "optional", "kohya")
 
 
@@ -365,11 +383,16 @@ def _key_map(family: str, data: Mapping[str, object]) -> KeyMap:
             lines=MappingProxyType(dict(expander.lines(_mapping(fields["names"])))),
             adapters=_adapter_names(adapters[str(fields["adapters"])]),
             ordinal=_ordinal(ordinals[str(fields["ordinal"])]) if "ordinal" in fields else None,
+            older=_words(tables[str(fields["older"])]) if "older" in fields else {},
         )
     fits = tuple(
         tuple(_adapter_mark(item) for item in _list(group)) for group in _list(data.get("fits"))
     )
     return KeyMap(family, MappingProxyType(components), fits)
+
+
+def _words(table: Mapping[str, object]) -> Mapping[str, str]:
+    return MappingProxyType({word: str(now) for word, now in table.items()})
 
 
 def _adapter_names(data: object) -> AdapterNames:

@@ -9,11 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, open_safetensors
+from ckptools.folders import from_diffusers, is_diffusers_folder, open_folder
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.safetensors` file, a `*.index.json` of shards, or a folder that holds one of them.
+    """Open a `.safetensors` file, a `*.index.json` of shards, or a folder of weights.
 
-    Reads headers only. Raises `InputError`, `InvalidFileError` or `UnsafeError`.
+    A diffusers folder, or a component of one, is seen under the names of single files. Reads
+    headers only. Raises `InputError`, `InvalidFileError` or `UnsafeError`.
     """
+    if is_diffusers_folder(path):
+        return open_folder(path, _open_file)
+    return from_diffusers(_open_file(path))
+
+
+def _open_file(path: Path) -> Checkpoint:
+    """One file, the index of shards, or a folder that holds one of them."""
     return open_safetensors(path)

@@ -2,6 +2,7 @@
 
 The rules are the ones of CompVis' ldm modules (openaimodel.py, model.py) against diffusers' blocks;
 diffusers' own scripts/convert_diffusers_to_original_stable_diffusion.py states the same mapping.
+A ControlNet's are those of lllyasviel's cldm.py, as diffusers' single-file loader reads them.
 Knows only names and shapes.
 """
 
@@ -16,6 +17,7 @@ UNET, VAE, TEXT = (
     "first_stage_model.",
     "cond_stage_model.transformer.text_model.",
 )
+CONTROL = "control_model."
 POSITIONS = TEXT + "embeddings.position_ids"
 
 # diffusers name (a pattern) -> name in the single file; {a}, {b} stand for a number computed from
@@ -38,6 +40,12 @@ _UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+_CONTROL_RULES = (
+    (r"controlnet_cond_embedding\.conv_in\.", "input_hint_block.0."),
+    (r"controlnet_cond_embedding\.conv_out\.", "input_hint_block.14."),
+    (r"controlnet_down_blocks\.(\d+)\.", r"zero_convs.\1.0."),
+    (r"controlnet_mid_block\.", "middle_block_out.0."),
+)
 _VAE_RULES = (
     (r"conv_norm_out\.", "norm_out."),
     (r"mid_block\.resnets\.0\.", "mid.block_1."),
@@ -73,6 +81,19 @@ def unet_name(name: str) -> str:
         for old, short in _UNET_RESNET.items():
             name = name.replace(f".{old}.", f".{short}.")
     return name
+
+
+def control_name(name: str) -> str:
+    """The single file's name of a ControlNet tensor, without its prefix.
+
+    The hint block's numbers count activations too: convolutions are at 0, 2, ..., 14.
+    """
+    for pattern, new in _CONTROL_RULES:
+        name = re.sub(rf"^{pattern}", new, name)
+    found = re.match(r"controlnet_cond_embedding\.blocks\.(\d)\.", name)
+    if found:
+        name = f"input_hint_block.{2 * int(found[1]) + 2}." + name[found.end() :]
+    return unet_name(name)
 
 
 def vae_name(name: str) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert import UNET, from_single_file
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from models import tokenize
+from convert import CONTROL, UNET, control_name, from_single_file, unet_name
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from networks import tokenize
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
@@ -25,6 +25,7 @@ from shapes import (
     SUBJECTS,
     Subject,
     draw_picture,
+    find_edges,
     hide,
 )
 from torch import Tensor
@@ -43,6 +44,16 @@ PROMPTS = (  # captions, and seeds picked by eye among twelve; `score` picks non
     ("an orange cross on a black background", 33),
     ("a pink star on a navy background", 34),
     ("a green triangle on a navy background", 30),
+)
+CONTROL_PROMPTS = (  # whose edges, and the caption: the last two name another shape
+    (Subject("star", "yellow", "black"), "a yellow star on a black background"),
+    (Subject("cross", "red", "black"), "a red cross on a navy background"),
+    (Subject("ring", "white", "black"), "a white ring on a brown background"),
+    (Subject("triangle", "green", "black"), "a green triangle on a black background"),
+    (Subject("square", "purple", "black"), "a purple square on a brown background"),
+    (Subject("circle", "orange", "black"), "an orange circle on a grey background"),
+    (Subject("star", "blue", "black"), "a blue circle on a black background"),
+    (Subject("triangle", "pink", "black"), "a pink ring on a navy background"),
 )
 Checkpoint = dict[str, Tensor]
 Picture = NDArray[np.uint8]
@@ -65,6 +76,14 @@ class Hole:
 
     pictures: Picture
     masks: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What a ControlNet draws after: edge pictures (n, 64, 64, 3)."""
+
+    control: ControlNetModel
+    pictures: Picture
 
 
 def read(name: str) -> Checkpoint:
@@ -106,8 +125,48 @@ def build(tensors: Checkpoint) -> Member:
     return Member(unet, vae, text, tokenizer, DDIMScheduler.from_pretrained(config / "scheduler"))
 
 
+def build_control(tensors: Checkpoint) -> ControlNetModel:
+    """The model of a ControlNet's file: the sizes are those of the UNet it was copied from."""
+    sizes = UNet2DConditionModel.load_config(TINY / "config" / "unet")
+    control = ControlNetModel.from_unet(UNet2DConditionModel.from_config(sizes))
+    names = {name: CONTROL + control_name(name) for name in control.state_dict()}
+    control.load_state_dict({name: tensors[names[name]] for name in names}, strict=True)
+    return control.eval().requires_grad_(False)
+
+
+def bake(tensors: Checkpoint, lora: Checkpoint, weight: float) -> Checkpoint:
+    """W + weight * (alpha / rank) * up @ down, cast as `add_difference` does; see loras.py.
+
+    `lora` has PEFT's names, or kohya's, which are built from the UNet's and looked up.
+    """
+    sizes = UNet2DConditionModel.load_config(TINY / "config" / "unet")
+    made, used = dict(tensors), 0
+    for module, layer in UNet2DConditionModel.from_config(sizes).named_modules():
+        peft, kohya = f"unet.{module}", "lora_unet_" + module.replace(".", "_")
+        if f"{peft}.lora_A.weight" in lora:
+            down, up = lora[f"{peft}.lora_A.weight"], lora[f"{peft}.lora_B.weight"]
+            scale, used = 1.0, used + 2  # loras.py trains with alpha = rank
+        elif f"{kohya}.alpha" in lora:
+            down, up = lora[f"{kohya}.lora_down.weight"], lora[f"{kohya}.lora_up.weight"]
+            scale, used = float(lora[f"{kohya}.alpha"]) / len(down), used + 3
+        else:
+            continue
+        name = UNET + unet_name(f"{module}.weight")
+        change = (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+        made[name] = (tensors[name] + weight * scale * change).half().float()
+    if used != len(lora):
+        message = f"{len(lora) - used} of {len(lora)} tensors have no place in the UNet"
+        raise ValueError(message)
+    return made
+
+
 @torch.no_grad()
-def render(member: Member, prompts: list[tuple[str, int]], hole: Hole | None = None) -> Picture:
+def render(
+    member: Member,
+    prompts: list[tuple[str, int]],
+    hole: Hole | None = None,
+    edges: Edges | None = None,
+) -> Picture:
     """Pictures (n, 64, 64, 3) of (caption, seed) pairs: DDIM, 25 steps, guidance 3, CPU noise."""
     vae, scale = member.vae, member.vae.config.scaling_factor
     captions = [""] * len(prompts) + [caption for caption, _ in prompts]
@@ -120,11 +179,23 @@ def render(member: Member, prompts: list[tuple[str, int]], hole: Hole | None = N
         pixels = torch.from_numpy(np.stack(holed)).permute(0, 3, 1, 2) / 127.5 - 1
         masks = torch.from_numpy(hole.masks[:, None, ::8, ::8])
         extra = torch.cat([masks, vae.encode(pixels).latent_dist.mode() * scale], dim=1)
+    if edges is not None:
+        hint = torch.from_numpy(edges.pictures).permute(0, 3, 1, 2).float() / 255
+        hint = hint.repeat(2, 1, 1, 1)
     scheduler = member.scheduler
     scheduler.set_timesteps(STEPS)
+    down, middle = None, None
     for moment in scheduler.timesteps:
         seen = torch.cat([x, extra], dim=1).repeat(2, 1, 1, 1)
-        without, with_ = member.unet(seen, moment, states).sample.chunk(2)
+        if edges is not None:
+            down, middle = edges.control(seen, moment, states, hint, return_dict=False)
+        without, with_ = member.unet(
+            seen,
+            moment,
+            states,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample.chunk(2)
         x = scheduler.step(without + GUIDANCE * (with_ - without), moment, x).prev_sample
     y = (vae.decode(x / scale).sample / 2 + 0.5).clamp(0, 1)
     return (y * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
@@ -154,11 +225,13 @@ def tile(rows: list[tuple[str, Picture]], *, label_width: int, zoom: int = 2) ->
 def with_header(sheet: Image.Image, labels: list[str], first: int, step: int) -> Image.Image:
     """The sheet under a row of column labels."""
     font = ImageFont.load_default(size=17)
-    tall = Image.new("RGB", (sheet.width, sheet.height + 34), "white")
-    tall.paste(sheet, (0, 34))
+    height = 12 + 22 * max(label.count("\n") + 1 for label in labels)
+    tall = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    tall.paste(sheet, (0, height))
     for i, label in enumerate(labels):
-        place = (first + i * step + step // 2, 17)
-        ImageDraw.Draw(tall).text(place, label, fill="black", font=font, anchor="mm")
+        place = (first + i * step + step // 2, height // 2)
+        pen = ImageDraw.Draw(tall)
+        pen.multiline_text(place, label, fill="black", font=font, anchor="mm", align="center")
     return tall
 
 
@@ -230,25 +303,69 @@ def draw_inpaint(files: dict[str, Checkpoint]) -> None:
     save(with_header(sheet, labels, 140, SIZE * 2 + 4), "tiny-inpaint.png")
 
 
+def draw_loras(files: dict[str, Checkpoint]) -> None:
+    """The shipped LoRAs baked into C, half and whole, and `glow` into A: loras.png."""
+    striped, glow = read("striped.safetensors"), read("glow.safetensors")
+    sources = {
+        "C": files["C"],
+        "C + striped · 0.5": bake(files["C"], striped, 0.5),
+        "C + striped": bake(files["C"], striped, 1.0),
+        "C + glow · 0.5": bake(files["C"], glow, 0.5),
+        "C + glow": bake(files["C"], glow, 1.0),
+        "A + glow": bake(files["A"], glow, 1.0),
+        "C + striped + glow": bake(bake(files["C"], striped, 1.0), glow, 1.0),
+    }
+    rows = [(label, render(build(tensors), list(PROMPTS))) for label, tensors in sources.items()]
+    save(tile(rows, label_width=150), "loras.png")
+
+
+def draw_control(files: dict[str, Checkpoint]) -> None:
+    """Edge pictures, and what C, A and B draw after them: tiny-control.png."""
+    rng = np.random.default_rng(8)
+    control = build_control(read("control.safetensors"))
+    hints = [find_edges(draw_picture(rng, subject, "flat")) for subject, _ in CONTROL_PROMPTS]
+    edges = Edges(control, np.stack(hints))
+    prompts = [(caption, 40 + i) for i, (_, caption) in enumerate(CONTROL_PROMPTS)]
+    rows = [("edges", edges.pictures), ("C", render(build(files["C"]), prompts))]
+    for name in ("C", "A", "B"):
+        rows.append((f"{name} + control", render(build(files[name]), prompts, edges=edges)))
+    sheet = tile(rows, label_width=110)
+    words = (caption.removesuffix(" background").split(" on a ") for caption, _ in prompts)
+    labels = [f"{shape.split(' ', 1)[1]}\non {ground}" for shape, ground in words]
+    save(with_header(sheet, labels, 110, SIZE * 2 + 4), "tiny-control.png")
+
+
 # Score --------------------------------------------------------------------------------------------
 
 
 def guess_subject(picture: Picture, *, form: str, colours: str) -> Subject:
     """What a picture shows, by nearest colours and by overlap with drawn shapes."""
     white = PASTEL_WHITE if colours == "pastel" else 0.0
-    flat = picture.astype(np.float64)
-    paper = np.median(flat[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
-    distance = np.linalg.norm(flat - paper, axis=2)
-    cover = distance > 0.5 * np.quantile(distance, 0.98)
+    flat, paper, distance = _against_paper(picture)
     ink = np.median(flat[distance > 0.8 * np.quantile(distance, 0.98)], axis=0)
     colour = _nearest(ink, COLOURS, white)
     background = _nearest(paper, BACKGROUNDS, white)
-    seen = _cropped(cover)
+    seen = _cropped(find_cover(picture))
     overlaps = {
         shape: max((seen & t).sum() / (seen | t).sum() for t in _templates(shape, form))
         for shape in SHAPES
     }
     return Subject(max(overlaps, key=lambda shape: overlaps[shape]), colour, background)
+
+
+def find_cover(picture: Picture) -> NDArray[np.bool_]:
+    """The pixels of a picture's shape, (64, 64): what differs enough from its corners."""
+    distance = _against_paper(picture)[2]
+    return distance > 0.5 * np.quantile(distance, 0.98)
+
+
+def _against_paper(
+    picture: Picture,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The picture in F64, the colour of its corners (3,), each pixel's distance to it (64, 64)."""
+    flat = picture.astype(np.float64)
+    paper = np.median(flat[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
+    return flat, paper, np.linalg.norm(flat - paper, axis=2)
 
 
 def _nearest(
@@ -302,27 +419,89 @@ def score(label: str, tensors: Checkpoint, form: str, colours: str) -> str:
     return f"{label}: {shares} ({shapes})"
 
 
+def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = False) -> str:
+    """One line: how often a shape is drawn where the edges say, with the ControlNet and without.
+
+    An IoU of 0.6 with the picture the edges were taken from (in the member's own style, `form`)
+    counts as drawn there. One picture per caption, edges never seen in training; with `others`,
+    each caption names the next shape instead of the one whose edges are given.
+    """
+    member, control = build(tensors), build_control(read("control.safetensors"))
+    found: dict[bool, list[float]] = {True: [], False: []}
+    per_shape = len(SUBJECTS) // len(SHAPES)
+    for start in range(0, len(SUBJECTS), 64):
+        part = SUBJECTS[start : start + 64]
+        seeds = range(5000 + start, 5000 + start + len(part))
+        flat, wanted = (
+            [
+                draw_picture(np.random.default_rng(seed), subject, style)
+                for seed, subject in zip(seeds, part, strict=True)
+            ]
+            for style in ("flat", form)
+        )
+        edges = Edges(control, np.stack([find_edges(picture) for picture in flat]))
+        shift = per_shape if others else 0
+        named = [SUBJECTS[(start + i + shift) % len(SUBJECTS)].caption for i in range(len(part))]
+        prompts = list(zip(named, seeds, strict=True))
+        for with_control, overlaps in found.items():
+            drawn = render(member, prompts, edges=edges if with_control else None)
+            for picture, aim in zip(drawn, wanted, strict=True):
+                seen, true = find_cover(picture), find_cover(aim)
+                overlaps.append(float((seen & true).sum() / (seen | true).sum()))
+    shares = {on: np.mean(np.array(overlaps) >= 0.6) for on, overlaps in found.items()}
+    means = {on: np.mean(overlaps) for on, overlaps in found.items()}
+    return (
+        f"{label}: {shares[True]:.0%} drawn where the edges are (mean IoU {means[True]:.2f}), "
+        f"without the ControlNet {shares[False]:.0%} ({means[False]:.2f})"
+    )
+
+
+def score_members(files: dict[str, Checkpoint]) -> None:
+    """Print the scores of the members and of one merge."""
+    merged = add_difference(files["A"], files["B"], files["C"], 1.0)
+    for label, tensors, form, colours in (
+        ("C", files["C"], "flat", "flat"),
+        ("U", files["U"], "flat", "flat"),
+        ("B", files["B"], "outlined", "flat"),
+        ("A", files["A"], "flat", "pastel"),
+        ("A + (B - C)", merged, "outlined", "pastel"),
+    ):
+        print(score(label, tensors, form, colours), flush=True)
+
+
+def score_adapters(files: dict[str, Checkpoint]) -> None:
+    """Print the scores of the ControlNet on three members, and of C with each LoRA."""
+    for name, form in (("C", "flat"), ("A", "pastel"), ("B", "outlined")):
+        print(score_control(name, files[name], form), flush=True)
+    print(score_control("C, another shape named", files["C"], "flat", others=True), flush=True)
+    for name in ("striped", "glow"):
+        for weight in (0.5, 1.0):
+            baked = bake(files["C"], read(f"{name}.safetensors"), weight)
+            print(score(f"C + {name} * {weight}", baked, "flat", "flat"), flush=True)
+
+
+PICTURES = {
+    "family": draw_family,
+    "merge": draw_merge,
+    "inpaint": draw_inpaint,
+    "loras": draw_loras,
+    "control": draw_control,
+}
+SCORES = {"score": score_members, "score-adapters": score_adapters}
+
+
 def main() -> None:
     """Draw the pictures, or print the scores."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["pictures", "score"])
+    known = ["pictures", *PICTURES, *SCORES]
+    parser.add_argument("what", nargs="+", choices=known, help="pictures: all five of them")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     files = {name: read(f"{name}.safetensors") for name in "ABCIU"}
-    if args.what == "pictures":
-        draw_family(files)
-        draw_merge(files)
-        draw_inpaint(files)
-    else:
-        merged = add_difference(files["A"], files["B"], files["C"], 1.0)
-        for label, tensors, form, colours in (
-            ("C", files["C"], "flat", "flat"),
-            ("U", files["U"], "flat", "flat"),
-            ("B", files["B"], "outlined", "flat"),
-            ("A", files["A"], "flat", "pastel"),
-            ("A + (B - C)", merged, "outlined", "pastel"),
-        ):
-            print(score(label, tensors, form, colours))
+    for what in args.what:
+        for name in PICTURES if what == "pictures" else (what,):
+            (PICTURES | SCORES)[name](files)
 
 
 if __name__ == "__main__":

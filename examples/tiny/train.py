@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from convert import to_single_file
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from models import (
+from networks import (
     load_tokenizer,
     make_scheduler,
     make_text_encoder,

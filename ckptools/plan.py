@@ -432,16 +432,17 @@ def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
 # --- the plan ----------------------------------------------------------------------------------
 
 
-def make_plan(recipe: Recipe, *, threads: int = 2, force: bool = False) -> Plan:
+def make_plan(recipe: Recipe, *, threads: int = 2, force: bool = False, write: bool = True) -> Plan:
     """Open the sources and decide what becomes of every tensor.
 
     force  plan as if `output.overwrite` were true
+    write  False: nothing will be written, so the place of the output is not checked
     Raises a `CkptError`, or `ManyErrors`, with all that stands in the way. The caller closes the
     plan's sources.
     """
     sources = open_sources(recipe)
     try:
-        return _Planner(recipe, sources).plan(threads, force=force)
+        return _Planner(recipe, sources).plan(threads, force=force, write=write)
     except BaseException:
         for source in sources:
             source.checkpoint.close()
@@ -475,7 +476,7 @@ class _Planner:
         self.bakings: dict[str, Baking] = {}
         self._bad_numbers: dict[str, tuple[CkptError, list[str]]] = {}
 
-    def plan(self, threads: int, *, force: bool) -> Plan:
+    def plan(self, threads: int, *, force: bool, write: bool) -> Plan:
         recipe = self.recipe
         self._check_families()
         self._check_components()
@@ -503,7 +504,8 @@ class _Planner:
             threads=threads,
             bakings=tuple(self.bakings.values()),
         )
-        self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
+        if write:
+            self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
         self._tell(plan)
         return replace(plan, warnings=tuple(self.warnings), notes=tuple(self.notes))

@@ -32,7 +32,7 @@ LAYERS = (
     },
     {"plan"},
     {"engine", "manifest"},
-    {"verify"},
+    {"verify", "render"},
     {"workflow", "adapters"},
     {"report", "report_adapters"},
     {"cli"},

@@ -416,6 +416,14 @@ def as_folder(checkpoint: Checkpoint, family: str, names: Sequence[str]) -> Fold
     )
 
 
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A view of some tensors of a checkpoint: new name → its own."""
+    view = _View(list(checkpoint.files))
+    for new, own in names.items():
+        view.add(replace(checkpoint[own], name=new), checkpoint.extents(own))
+    return _over(checkpoint, view)
+
+
 def _over(checkpoint: Checkpoint, view: _View) -> Checkpoint:
     tensors = Tensors(view.specs, view.extents, layout="diffusers")
     return Checkpoint(checkpoint.path, checkpoint.files, checkpoint.metadata, tensors=tensors)

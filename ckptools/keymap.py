@@ -176,6 +176,11 @@ class KeyMap:
                 return component, name[len(prefix) :]
         return None
 
+    def is_known(self, name: str) -> bool:
+        """Whether the map has a line for a checkpoint's tensor."""
+        found = self.split(name)
+        return found is not None and _longest(found[0].lines, found[1]) is not None
+
     def pieces(self, spec: TensorSpec) -> tuple[Piece, ...] | None:
         """What a checkpoint's tensor is in a diffusers folder, by rows from the top.
 

@@ -109,7 +109,7 @@ def merge(
     with planned(recipe, threads=threads or default_threads(), force=force) as plan:
         progress.planned(plan)
         sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
-        with _folder(recipe.output_path.parent):
+        with made_folder(recipe.output_path.parent):
             return _write(plan, sha256s, progress, started)
 
 
@@ -205,7 +205,7 @@ def _sha256_of(checkpoint: Checkpoint, advance: Callable[[int], None]) -> str:
 
 
 @contextmanager
-def _folder(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """Make the output's folder; where the merge fails, remove what was made."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -203,6 +204,88 @@ class PartFile:
             self.layout.part.unlink()
         self._ours = False
         self._close()
+
+
+class PartFolder:
+    """A folder being written at its `.part` name; it takes its final name in `commit`.
+
+    As a context manager it removes the part, and all in it, on any failure. A part left by a killed
+    process is emptied and taken over; one that another process is writing, or that holds what
+    nobody left there, is refused.
+    """
+
+    _LOCK = ".ckptools-lock"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + PART_SUFFIX)
+        self._number = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self.part.mkdir(parents=True, exist_ok=True)
+            there = {item.name for item in self.part.iterdir()}
+            if there and self._LOCK not in there:
+                raise OutputError(
+                    f"{str(self.part)!r} is in the way",
+                    where=str(self.path),
+                    fix="remove it, or write elsewhere",
+                )
+            self._number = _open_locked(self.part / self._LOCK)
+            for item in self.part.iterdir():
+                if item.name != self._LOCK:
+                    _remove(item)
+        except OSError as exc:
+            self._discard()
+            raise output_error(exc, self.path) from exc
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def commit(self) -> None:
+        """Give the folder its final name; a folder of that name is put aside, then removed."""
+        old = self.path.with_name(self.path.name + ".old")
+        try:
+            self._close()
+            (self.part / self._LOCK).unlink()
+            if self.path.exists():
+                self.path.replace(old)
+            try:
+                self.part.replace(self.path)
+            except OSError:
+                if old.exists():
+                    old.replace(self.path)
+                raise
+        except OSError as exc:
+            _remove(self.part)
+            raise output_error(exc, self.path) from exc
+        _remove(old)
+        sync_folder(self.path.parent)
+
+    def _close(self) -> None:
+        if self._number >= 0:
+            os.close(self._number)
+            self._number = -1
+
+    def _discard(self) -> None:
+        if self._number >= 0:
+            self._close()
+            _remove(self.part)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, as far as the system lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def whole_file(path: Path, data: bytes) -> Layout:

@@ -33,8 +33,8 @@ LAYERS = (
     {"plan"},
     {"engine", "manifest"},
     {"verify", "render"},
-    {"workflow", "adapters"},
-    {"report", "report_adapters"},
+    {"workflow", "convert", "convert_settings", "adapters"},
+    {"report", "report_adapters", "report_convert"},
     {"cli"},
     {"__main__"},
 )

@@ -31,10 +31,10 @@ LAYERS = (
         "lora",
     },
     {"plan"},
-    {"engine", "manifest"},
+    {"engine", "manifest", "hashing"},
     {"verify", "render"},
-    {"workflow", "convert", "convert_settings", "adapters"},
-    {"report", "report_adapters", "report_convert"},
+    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship"},
+    {"report", "report_files", "report_adapters", "report_convert"},
     {"cli"},
     {"__main__"},
 )
@@ -206,6 +206,8 @@ print(code, *sorted(heavy & {{name.split(".")[0] for name in sys.modules}}), fil
         ["methods"],
         ["families"],
         ["schema"],
+        ["hash", "RECIPE", "--no-cache"],
+        ["verify", "MODEL"],
         ["plan", "RECIPE"],
         ["plan", "RECIPE", "--json"],
         ["explain", "RECIPE", "*time_embed.0.weight"],
@@ -219,7 +221,8 @@ def test_commands_that_only_look_load_nothing_heavy(
         f"ckptools: 1\nmodels: {{A: {sd1_models[0]}, B: {sd1_models[1]}}}\n"
         "merge: slerp(A, B)\noutput: {path: out.safetensors}\n"
     )
-    words = [str(recipe) if word == "RECIPE" else word for word in arguments]
+    named = {"RECIPE": str(recipe), "MODEL": str(sd1_models[0])}
+    words = [named.get(word, word) for word in arguments]
     code = LOADED.format(arguments=words, heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path

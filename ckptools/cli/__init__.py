@@ -17,7 +17,10 @@ import click
 
 from ckptools.errors import CkptError
 
-_COMMANDS = ("merge", "plan", "explain", "convert", "inspect", "methods", "families", "demo", "schema", "lora")
+_COMMANDS = (
+    "merge", "plan", "explain", "inspect", "verify", "hash", "convert", "lora",
+    "methods", "families", "demo", "schema",
+)  # fmt: skip
 # A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
 _TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _CANCELLED = 130  # as shells report an end by Ctrl-C

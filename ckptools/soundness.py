@@ -1,0 +1,693 @@
+"""`ckptools verify`: is a file sound, whole, and what it is said to be?
+
+Stricter than readers need to be: what a header may hold but no tool should write is a problem
+here. Values are looked at only where they are asked for, in one read, without torch. (Whether a
+merge wrote what was planned is another question: see `verify`.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptools.checkpoint import Checkpoint, SourceFile
+from ckptools.errors import (
+    CkptError,
+    InvalidFileError,
+    UnsafeError,
+    UsageError,
+    nearest,
+)
+from ckptools.family import KINDS, Detection, detect, load_families
+from ckptools.hashing import (
+    Lane,
+    Progress,
+    Silent,
+    cut_at_tensors,
+    data_start,
+    from_byte,
+    read_scattered,
+    stream_file,
+)
+from ckptools.manifest import (
+    HASH_KEY,
+    MANIFEST_SCHEMA,
+    MANIFEST_SUFFIX,
+    embedded_metadata,
+    with_hash,
+)
+from ckptools.plan import Plan, make_plan
+from ckptools.recipe import Recipe
+from ckptools.sources import open_checkpoint
+from ckptools.tensors import DTYPES, TensorSpec
+from ckptools.workflow import Progress as MergeProgress
+from ckptools.workflow import check_pins, tasks_of
+from ckptools.writer import Layout, lay_out
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_LEAST_DIGITS = 10  # of a sha256 that is given short: the length of AutoV2
+_HEX_DIGITS = 64
+_BLOCK = 1 << 17
+_FLOOD = 0.5  # share of a tensor's non-zero values
+_F16_MAX = DTYPES["F16"].finite_max
+_HEADROOM = 2.0  # a merge adds differences: values above half of the range are near its end
+_MOST_IDS = 1 << 16
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, or something to look at.
+
+    code    a word for scripts: "invalid-file", "unsafe", "nan", "sha256" …
+    tensor  "" where it concerns the whole
+    """
+
+    code: str
+    message: str
+    tensor: str = ""
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """What `verify` found in one source.
+
+    problems   what makes it invalid
+    warnings   what is legal and still odd
+    checked    what was looked at, in words
+    detection  what the file is; None where it could not be opened
+    unsafe     whether it was refused as unsafe
+    """
+
+    path: Path
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    checked: tuple[str, ...]
+    detection: Detection | None = None
+    unsafe: bool = False
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass
+class _Findings:
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+
+
+def verify_source(
+    path: Path,
+    *,
+    deep: bool = False,
+    expect: str = "",
+    sha256: str = "",
+    recipe: Recipe | None = None,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> Soundness:
+    """Look at one source as strictly as can be.
+
+    deep    read every value: NaN, Inf, floods of denormals, zeros, head-room, position ids, and
+            the hashes that the file and its manifest hold of its data
+    expect  a family ("sd1", "sd1/inpainting") or a kind ("lora") that it must be
+    sha256  of the whole file, at least 10 hex digits
+    recipe  compute this merge again, without writing it, and compare
+    Raises `InputError` where the source cannot be read at all, `UsageError` for what cannot be
+    asked; everything else is in the result.
+    """
+    wanted_family, wanted_sha256 = _family_wanted(expect), _sha256_wanted(sha256)
+    found = _Findings()
+    progress = progress or Silent()
+    with ExitStack() as stack:
+        try:
+            checkpoint = stack.enter_context(open_checkpoint(path))
+        except (InvalidFileError, UnsafeError) as exc:  # the file's own fault
+            problem = Problem(exc.code, _in_words(exc, path))
+            unsafe = isinstance(exc, UnsafeError)
+            return Soundness(path, (problem,), (), ("structure",), unsafe=unsafe)
+        detection = detect(checkpoint, checkpoint.metadata)
+        found.checked.append("structure")
+        _check_names(checkpoint, found)
+        _check_header(checkpoint, found)
+        _check_family(detection, wanted_family, found)
+        manifest = _check_manifest(checkpoint, found)
+        _check_data(
+            checkpoint, found, deep=deep, sha256=wanted_sha256, manifest=manifest, progress=progress
+        )
+        if recipe is not None:
+            _check_recipe(checkpoint, recipe, found, threads=threads, progress=progress)
+        checkpoint.check_unchanged()
+    return Soundness(
+        path, tuple(found.problems), tuple(found.warnings), tuple(found.checked), detection
+    )
+
+
+def _in_words(error: CkptError, path: Path) -> str:
+    where = f"{error.where}: " if error.where not in ("", str(path)) else ""
+    return f"{where}{error.what}" + (f" ({error.fix})" if error.fix else "")
+
+
+# --- what is asked -----------------------------------------------------------------------------
+
+
+def _family_wanted(expect: str) -> tuple[str, str]:
+    """(family or kind, variant or "")."""
+    if not expect:
+        return "", ""
+    name, _, variant = expect.partition("/")
+    families = load_families()
+    if name not in families and name not in KINDS:
+        raise UsageError(
+            f"{name!r} is no family and no kind of file", fix=nearest(name, [*families, *KINDS])
+        )
+    variants = families[name].variants if name in families else {}
+    if variant and variant not in variants:
+        raise UsageError(f"{name} has no variant {variant!r}", fix=nearest(variant, variants))
+    return name, variant
+
+
+def _sha256_wanted(text: str) -> str:
+    wanted = text.strip().lower().removeprefix("sha256:").removeprefix("0x")
+    fits = _LEAST_DIGITS <= len(wanted) <= _HEX_DIGITS and not wanted.strip("0123456789abcdef")
+    if wanted and not fits:
+        raise UsageError(
+            f"{text!r} is not a sha256", fix="give all 64 hex digits, or the first 10 or more"
+        )
+    return wanted
+
+
+# --- headers -----------------------------------------------------------------------------------
+
+
+def _check_names(checkpoint: Checkpoint, found: _Findings) -> None:
+    """Names that the format allows and that no tool should have to handle."""
+    for name in checkpoint:
+        if not name:
+            found.problems.append(Problem("empty-name", "a tensor has no name"))
+        elif _odd_characters(name):
+            message = f"control characters in its name: {_odd_characters(name)}"
+            found.problems.append(Problem("control-character", message, name))
+    for key in checkpoint.metadata:
+        if _odd_characters(key):
+            message = f"control characters in the metadata key {key!r}"
+            found.problems.append(Problem("control-character", message))
+
+
+def _odd_characters(text: str) -> str:
+    """The characters that steer a terminal or hide, as escapes; "" if there are none."""
+    odd = sorted({char for char in text if not char.isprintable()})
+    return " ".join(char.encode("unicode_escape").decode() for char in odd)
+
+
+def _check_header(checkpoint: Checkpoint, found: _Findings) -> None:
+    found.warnings += [Problem("header", text) for text in checkpoint.warnings]
+    misaligned = [
+        name
+        for name, spec in checkpoint.items()
+        for extent in checkpoint.extents(name)
+        if extent.nbytes and extent.start % max(1, DTYPES[spec.dtype].bits // 8)
+    ]
+    if misaligned:
+        message = (
+            f"{len(misaligned):,} tensors do not begin at a multiple of their values' size: "
+            "readers that map the file must copy them"
+        )
+        found.warnings.append(Problem("misaligned", message, misaligned[0]))
+    if not checkpoint:
+        found.warnings.append(Problem("no-tensors", "there are no tensors in this file"))
+
+
+def _check_family(detection: Detection, wanted: tuple[str, str], found: _Findings) -> None:
+    name, variant = wanted
+    if not name:
+        return
+    found.checked.append("family")
+    what = detection.family or detection.kind
+    if name not in (detection.family, detection.kind):
+        reasons = [one.reason for one in detection.rejected if one.family == name]
+        because = f": {reasons[0]}" if reasons else ""
+        found.problems.append(Problem("family", f"this is {what}, not {name}{because}"))
+    elif variant and variant != detection.variant:
+        message = f"this is {what}/{detection.variant}, not {name}/{variant}"
+        found.problems.append(Problem("family", message))
+
+
+# --- the manifest beside it --------------------------------------------------------------------
+
+
+def _check_manifest(checkpoint: Checkpoint, found: _Findings) -> dict[Path, str]:
+    """Compare sizes and headers with the manifest; file -> the data hash that it tells."""
+    name = checkpoint.path.name.removesuffix(_INDEX) + MANIFEST_SUFFIX
+    path = checkpoint.path.with_name(name)
+    if not path.is_file():
+        return {}
+    found.checked.append("manifest")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != MANIFEST_SCHEMA:
+            raise ValueError(f"the schema is {document['schema']!r}")
+        rows = {
+            str(row["file"]): (
+                int(row["bytes"]),
+                str(row["header_sha256"]),
+                str(row["sha256_data"]),
+            )
+            for row in document["outputs"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        message = f"{path.name} is not a manifest: {type(exc).__name__} {exc}"
+        found.problems.append(Problem("manifest", message))
+        return {}
+    told: dict[Path, str] = {}
+    for file in checkpoint.files:
+        if file.path.name not in rows:
+            message = f"{path.name} does not list {file.path.name} (was it renamed?)"
+            found.warnings.append(Problem("manifest", message))
+            continue
+        nbytes, header, told[file.path] = rows[file.path.name]
+        if nbytes != file.header.file_bytes:
+            message = f"{path.name} says {nbytes:,} bytes, the file has {file.header.file_bytes:,}"
+            found.problems.append(Problem("manifest", message))
+        elif header != file.header.sha256:
+            message = f"the header is not the one that {path.name} tells of"
+            found.problems.append(Problem("manifest", message))
+    return told
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """How a float format spells its values; all but the sign, as an integer.
+
+    nonfinite  the first integer that is no number; FNUZ has only the lone sign bit
+    inf        the integer of Inf, or -1
+    normal     the smallest normal number
+    """
+
+    width: int
+    magnitude: int
+    nonfinite: int
+    inf: int
+    normal: int
+
+
+# Sources: IEEE 754; Micikevicius et al. 2022, arXiv 2209.05433 (fp8); Noune et al. 2022, arXiv
+# 2206.02915 (FNUZ: the negative zero is the one NaN).
+_FORMATS = {
+    "F64": _Bits(8, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000, 1 << 52),
+    "F32": _Bits(4, 0x7FFF_FFFF, 0x7F80_0000, 0x7F80_0000, 1 << 23),
+    "F16": _Bits(2, 0x7FFF, 0x7C00, 0x7C00, 1 << 10),
+    "BF16": _Bits(2, 0x7FFF, 0x7F80, 0x7F80, 1 << 7),
+    "F8_E5M2": _Bits(1, 0x7F, 0x7C, 0x7C, 1 << 2),
+    "F8_E4M3": _Bits(1, 0x7F, 0x7F, -1, 1 << 3),
+    "F8_E4M3FNUZ": _Bits(1, 0x7F, 0x80, -1, 1 << 3),
+    "F8_E5M2FNUZ": _Bits(1, 0x7F, 0x80, -1, 1 << 2),
+}
+
+
+@dataclass
+class Values:
+    """What the values of one tensor are like.
+
+    largest  the greatest finite magnitude, as the format's integer
+    odd      BOOL bytes that are neither 0 nor 1
+    """
+
+    count: int = 0
+    nan: int = 0
+    inf: int = 0
+    zeros: int = 0
+    denormal: int = 0
+    largest: int = 0
+    odd: int = 0
+
+
+class ValueScan:
+    """A watcher that looks at every value; see `hashing.cut_at_tensors`."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self._specs = specs
+        self._rest: tuple[str, bytes] = ("", b"")
+        self.values: dict[str, Values] = {}
+        self.ids: dict[str, bytearray] = {}
+
+    def __call__(self, name: str, data: memoryview) -> None:
+        """The next piece of a tensor."""
+        spec = self._specs[name]
+        if _holds_ids(spec):
+            self.ids.setdefault(name, bytearray()).extend(data)
+        values = self.values.setdefault(name, Values())
+        if spec.dtype == "BOOL":
+            _look_at_bools(data, values)
+        if spec.dtype not in _FORMATS:
+            return
+        form = _FORMATS[spec.dtype]
+        before, kept = self._rest
+        if kept and before == name:  # a header of an odd length puts values across two reads
+            data = memoryview(kept + bytes(data))
+        whole = len(data) // form.width * form.width
+        self._rest = (name, bytes(data[whole:]))
+        step = _BLOCK * form.width
+        for low in range(0, whole, step):
+            _look_at_floats(data[low : min(low + step, whole)], form, spec.dtype, values)
+
+
+def _holds_ids(spec: TensorSpec) -> bool:
+    return spec.name.endswith("position_ids") and spec.numel <= _MOST_IDS
+
+
+def _look_at_bools(data: memoryview, values: Values) -> None:
+    import numpy as np
+
+    values.count += len(data)
+    values.odd += int(np.count_nonzero(np.frombuffer(data, np.uint8) > 1))
+
+
+def _look_at_floats(data: memoryview, form: _Bits, dtype: str, values: Values) -> None:
+    import numpy as np
+
+    bits: NDArray[Any] = np.frombuffer(data, f"<u{form.width}")
+    values.count += bits.size
+    if dtype.endswith("FNUZ"):
+        nan = int(np.count_nonzero(bits == form.nonfinite))
+        values.nan += nan
+        values.zeros -= nan  # the lone sign bit is not a zero there
+        sizes = bits & bits.dtype.type(form.magnitude)
+    else:
+        sizes = bits & bits.dtype.type(form.magnitude)
+        if int(sizes.max(initial=0)) >= form.nonfinite:
+            inf = int(np.count_nonzero(sizes == form.inf)) if form.inf >= 0 else 0
+            values.inf += inf
+            values.nan += int(np.count_nonzero(sizes >= form.nonfinite)) - inf
+            sizes = np.where(sizes >= form.nonfinite, bits.dtype.type(form.normal), sizes)
+    values.largest = max(values.largest, int(sizes.max(initial=0)))
+    small = int(np.count_nonzero(sizes < form.normal))
+    if small:
+        zeros = int(np.count_nonzero(sizes == 0))
+        values.zeros += zeros
+        values.denormal += small - zeros
+
+
+def _decoded(size: int, dtype: str) -> float:
+    """The value of a magnitude's integer, for the formats wider than a byte."""
+    import numpy as np
+
+    if dtype == "BF16":
+        size, dtype = size << 16, "F32"
+    width = _FORMATS[dtype].width
+    return float(np.array([size], f"<u{width}").view(f"<f{width}")[0])
+
+
+def _check_data(
+    checkpoint: Checkpoint,
+    found: _Findings,
+    *,
+    deep: bool,
+    sha256: str,
+    manifest: Mapping[Path, str],
+    progress: Progress,
+) -> None:
+    """Read the files once, for all that needs their bytes."""
+    if sha256 and len(checkpoint.files) > 1:
+        raise UsageError(
+            f"a sha256 is of one file, {checkpoint.path.name} is {len(checkpoint.files)}",
+            fix="verify the files one by one",
+        )
+    if not (deep or sha256):
+        return
+    scan = ValueScan(checkpoint)
+    whole, total = hashlib.sha256(), hashlib.sha256()
+    data = {file.path: hashlib.sha256() for file in checkpoint.files}
+    starts = [data_start(file.path) for file in checkpoint.files]
+    progress.start("verifying", checkpoint.file_bytes)
+    for number, file in enumerate(checkpoint.files):
+        lanes: list[Lane] = []
+        if sha256:
+            lanes.append(from_byte(0, whole.update))
+        start = starts[number]
+        if deep and start is not None:
+            lanes.append(from_byte(start, data[file.path].update))
+            if len(checkpoint.files) > 1:
+                lanes.append(from_byte(start, total.update))
+        if deep:
+            lanes.append(cut_at_tensors(checkpoint, number, scan))
+        stream_file(file.path, file.header.file_bytes, lanes, progress.advance)
+    if sha256:
+        found.checked.append("sha256")
+        if not whole.hexdigest().startswith(sha256):
+            message = f"the sha256 is {whole.hexdigest()}, not {sha256}"
+            found.problems.append(Problem("sha256", message))
+    if deep:
+        read_scattered(checkpoint, scan)
+        found.checked.append("values")
+        for name, spec in checkpoint.items():
+            _judge(spec, scan.values.get(name, Values()), found)
+        for name, raw in scan.ids.items():
+            _judge_ids(checkpoint[name], bytes(raw), found)
+        digest = total if len(checkpoint.files) > 1 else data[checkpoint.files[0].path]
+        if None not in starts:
+            _check_embedded(checkpoint, digest.hexdigest(), found)
+        for written, told in manifest.items():
+            if data[written].hexdigest() != told:
+                message = f"the data of {written.name} is not what its manifest tells of"
+                found.problems.append(Problem("manifest", message))
+
+
+def _check_embedded(checkpoint: Checkpoint, sha256: str, found: _Findings) -> None:
+    told = checkpoint.metadata.get(HASH_KEY, "").strip().lower().removeprefix("0x")
+    if not told:
+        return
+    found.checked.append(HASH_KEY)
+    if told == sha256:
+        return
+    message = f"{HASH_KEY} is {told[:16]!r}…, the data hashes to {sha256[:16]}…"
+    if "ckptools.version" in checkpoint.metadata:
+        found.problems.append(Problem("embedded-hash", message))
+    else:  # others hash in the order of their own dictionary, or before an edit
+        found.warnings.append(Problem("embedded-hash", message))
+
+
+def _judge(spec: TensorSpec, values: Values, found: _Findings) -> None:
+    """What one tensor's values say."""
+
+    def problem(code: str, message: str) -> None:
+        found.problems.append(Problem(code, message, spec.name))
+
+    def warning(code: str, message: str) -> None:
+        found.warnings.append(Problem(code, message, spec.name))
+
+    of = f"of {values.count:,} values"
+    if values.nan:
+        problem("nan", f"{values.nan:,} NaN {of}")
+    if values.inf:
+        problem("inf", f"{values.inf:,} Inf {of}")
+    if values.odd:
+        warning("bool", f"{values.odd:,} {of} are neither 0 nor 1")
+    if spec.dtype not in _FORMATS or not values.count:
+        return
+    if values.zeros == values.count and len(spec.shape) > 1:
+        warning("zeros", f"all {values.count:,} values are zero")
+    nonzero = values.count - values.zeros
+    if values.denormal > _FLOOD * nonzero and values.denormal > 1:
+        share = values.denormal / nonzero
+        message = f"{share:.0%} of its non-zero values are too small for {spec.dtype} to hold well"
+        warning("denormal", message)
+    if _FORMATS[spec.dtype].width > 1:
+        largest = _decoded(values.largest, spec.dtype)
+        if largest > _F16_MAX:
+            warning("head-room", f"values up to {largest:g} do not fit fp16 (65504)")
+        elif largest * _HEADROOM > _F16_MAX:
+            warning("head-room", f"values up to {largest:g} are near the end of fp16 (65504)")
+
+
+def _judge_ids(spec: TensorSpec, raw: bytes, found: _Findings) -> None:
+    """Position ids count 0, 1, 2 …; merges in fp16 have turned 76 into 75.9975, or 75."""
+    import numpy as np
+
+    if spec.dtype == "BF16":
+        wide = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
+        ids = wide.view(np.float32).astype(np.float64)
+    else:
+        known = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8"}
+        if spec.dtype not in known:
+            return
+        ids = np.frombuffer(raw, known[spec.dtype]).astype(np.float64)
+    wrong = np.flatnonzero(~(ids == np.arange(ids.size)))
+    if wrong.size:
+        first = int(wrong[0])
+        message = f"{wrong.size:,} position ids drifted: number {first} is {ids[first]:g}"
+        found.problems.append(Problem("position-ids", message, spec.name))
+    elif spec.is_float:
+        message = f"position ids are stored as {spec.dtype}; I64 cannot drift"
+        found.warnings.append(Problem("position-ids", message, spec.name))
+
+
+# --- the recipe again --------------------------------------------------------------------------
+
+
+def _check_recipe(
+    checkpoint: Checkpoint, recipe: Recipe, found: _Findings, *, threads: int, progress: Progress
+) -> None:
+    """Compute the merge of the recipe again and compare; nothing is written."""
+    found.checked.append("recipe")
+    output = checkpoint.path.absolute()
+    output = output.with_name(output.name.removesuffix(_INDEX))
+    recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
+    plan = make_plan(recipe, threads=threads, write=False)
+    try:
+        hash_inputs = _recorded_inputs(checkpoint)
+        sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=_Told(progress))
+        before = len(found.problems)
+        found.problems += _planned_otherwise(plan, checkpoint)
+        if len(found.problems) == before:
+            _compare(plan, checkpoint, sha256s, found, progress)
+    finally:
+        plan.close()
+
+
+class _Told(MergeProgress):
+    """Hands on what a merge tells."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        """A stage begins."""
+        self._progress.start(stage, total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self._progress.advance(nbytes)
+
+
+def _recorded_inputs(checkpoint: Checkpoint) -> bool:
+    """Whether the file's own recipe records the sha256 of its inputs."""
+    try:
+        models = json.loads(checkpoint.metadata.get("ckptools.recipe", "{}")).get("models", {})
+        return any("sha256" in model for model in models.values())
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def _planned_otherwise(plan: Plan, checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Tensors whose names, dtypes or shapes are not those of the plan."""
+    planned = {step.spec.name: step.spec for step in plan.steps}
+    for name, spec in planned.items():
+        if name not in checkpoint:
+            yield Problem("recipe", "the recipe makes this tensor, the file lacks it", name)
+        elif checkpoint[name] != spec:
+            message = f"the recipe makes {spec}, the file has {checkpoint[name]}"
+            yield Problem("recipe", message, name)
+    for name in checkpoint:
+        if name not in planned:
+            yield Problem("recipe", "the recipe does not make this tensor", name)
+
+
+def _compare(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    sha256s: Mapping[str, str],
+    found: _Findings,
+    progress: Progress,
+) -> None:
+    from ckptools.engine import Settings, run
+
+    entries = embedded_metadata(plan, sha256s).entries
+    layouts = [lay_out(specs, entries, path) for path, specs in plan.shards]
+    settings = Settings(plan.threads, plan.recipe.seed, allow_nonfinite=plan.recipe.allow_nonfinite)
+    total = hashlib.sha256()
+    differing: list[tuple[str, int]] = []
+    progress.start("computing again", plan.output_bytes)
+    for layout in layouts:
+        sink = _Comparison(layout, checkpoint)
+        run(
+            tasks_of(plan.steps, layout),
+            sources=[source.checkpoint for source in plan.sources],
+            labels=[source.name for source in plan.sources],
+            sink=sink,
+            settings=settings,
+            progress=progress.advance,
+            hashers=(total,),
+        )
+        differing += [(s.name, sink.first[s.name]) for s in layout.specs if s.name in sink.first]
+    for name, element in differing:
+        message = f"differs from what the recipe makes, from value {element:,} on"
+        found.problems.append(Problem("recipe", message, name))
+    if not differing:
+        headers = [with_hash(layout, total.hexdigest()).header for layout in layouts]
+        _compare_headers(checkpoint.files, headers, entries, found)
+
+
+class _Comparison:
+    """A sink that compares what it is given with a checkpoint, tensor by tensor.
+
+    first  tensor -> the first element that differs
+    """
+
+    def __init__(self, layout: Layout, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._specs = [spec for spec in layout.specs if spec.nbytes]
+        self._starts = [layout.starts[spec.name] for spec in self._specs]
+        self._lock = threading.Lock()
+        self.first: dict[str, int] = {}
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Compare `data`, which belongs at byte `offset` of the planned file."""
+        number = bisect_right(self._starts, offset) - 1
+        while data:
+            spec, inside = self._specs[number], offset - self._starts[number]
+            piece = data[: spec.nbytes - inside]
+            stored = bytearray(len(piece))
+            self._checkpoint.read_into(spec.name, memoryview(stored), inside)
+            if stored != piece:
+                self._note(spec, inside + _first_difference(stored, piece))
+            data, offset, number = data[len(piece) :], offset + len(piece), number + 1
+
+    def _note(self, spec: TensorSpec, byte: int) -> None:
+        element = byte * 8 // DTYPES[spec.dtype].bits
+        with self._lock:  # pieces of a tensor may come in any order
+            self.first[spec.name] = min(element, self.first.get(spec.name, element))
+
+
+def _first_difference(one: bytearray, other: memoryview) -> int:
+    import numpy as np
+
+    return int(np.argmax(np.frombuffer(one, np.uint8) != np.frombuffer(other, np.uint8)))
+
+
+def _compare_headers(
+    files: Sequence[SourceFile],
+    headers: Sequence[bytes],
+    entries: Mapping[str, str],
+    found: _Findings,
+) -> None:
+    """The values are the recipe's; are the files so to the byte?"""
+    planned = [hashlib.sha256(header).hexdigest() for header in headers]
+    if planned == [file.header.sha256 for file in files]:
+        found.checked.append("same bytes as the recipe makes")
+        return
+    found.checked.append("same values as the recipe makes")
+    metadata = files[0].header.metadata
+    keys = sorted(
+        key
+        for key in metadata.keys() | entries.keys()
+        if key != HASH_KEY and metadata.get(key) != entries.get(key)
+    )
+    what = f"in metadata: {', '.join(keys)}" if keys else "in the order of tensors or in padding"
+    message = f"all tensors are what the recipe makes; the header differs {what}"
+    found.warnings.append(Problem("recipe-header", message))

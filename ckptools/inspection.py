@@ -1,0 +1,623 @@
+"""`ckptools inspect`: what a file is, whether it is whole, and where it comes from.
+
+From headers, and from the few small tensors that say what no header can. Loads no torch. What whole
+models hold stands in `families/tensors/`, written by `tools/tensor_lists.py`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import statistics
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import translate
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from ckptools.adapters import inspection as adapters
+from ckptools.checkpoint import Checkpoint, open_file
+from ckptools.errors import CkptError, InputError, UsageError, nearest_name
+from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
+from ckptools.folders import is_diffusers_folder
+from ckptools.lineage import Lineage, read_lineage
+from ckptools.manifest import MANIFEST_SCHEMA, MANIFEST_SUFFIX
+from ckptools.sources import open_checkpoint
+from ckptools.tensors import TensorSpec
+
+State = Literal["complete", "incomplete", "absent", "not known"]
+
+SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+# Empty or tiny tensors that tell loaders how to run a model. Sources: ComfyUI, supported_models.py
+# (v_pred, ztsnr, edm_*), controlnet.py (difference, lora_controlnet), ops.py (scaled_fp8).
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min",
+           "difference", "lora_controlnet", "scaled_fp8")  # fmt: skip
+_LISTS = Path(__file__).parent / "families" / "tensors"
+_MOST_MANIFEST = 16_000_000
+_MOST_IDS = 100_000
+_SAME_WIDTH = 0.5
+_V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V_STD = 0.09
+_EMA = "model_ema."
+_UNET = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class Misshapen:
+    """A tensor whose shape is not that of whole models of the family, and theirs."""
+
+    name: str
+    shape: tuple[int, ...]
+    usual: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of a model.
+
+    dtypes      dtype → tensors
+    state       "absent" has no tensors; "not known" where no list of the family's tensors is known
+    missing     names that whole models have
+    unexpected  names that they have not
+    """
+
+    tensors: int = 0
+    nbytes: int = 0
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    state: State = "not known"
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshapen: tuple[Misshapen, ...] = ()
+
+
+@dataclass(frozen=True)
+class PositionIds:
+    """A `position_ids` tensor: 0, 1, 2 … in sound files.
+
+    wrong  (index, value) of the first that is not its own index; None where all are
+    count  how many are not
+    """
+
+    name: str
+    dtype: str
+    wrong: tuple[int, float] | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One tensor of a textual inversion: so many vectors, so wide."""
+
+    name: str
+    vectors: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The `.ckptools.json` beside a file.
+
+    is_of_this_file  whether it was written for a file with this header
+    inputs           (name, file, sha256 or "") of what the merge read
+    problem          why it could not be read; "" where it was
+    """
+
+    path: Path
+    is_of_this_file: bool = False
+    inputs: tuple[tuple[str, str, str], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, object] | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor and where it belongs; block "" where it has none."""
+
+    spec: TensorSpec
+    component: str
+    block: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is.
+
+    title           the family in words
+    prediction      as detected; where the header cannot tell, as the values do
+    layout          as detected; "diffusers" for a folder that is shown under single-file names
+    whole           whether every component that is there is complete, and not the EMA copy alone;
+                    None where no list is known
+    value_evidence  what was read from values, in words: evidence, not proof
+    ema             "beside" the UNet's own weights, "only" the EMA copy, or ""
+    markers, empty  marker tensors; tensors without any element
+    """
+
+    path: Path
+    nbytes: int
+    tensors: int
+    files: int
+    detection: Detection
+    title: str
+    prediction: str | None
+    layout: str | None
+    components: Mapping[str, Component]
+    whole: bool | None
+    value_evidence: tuple[str, ...]
+    position_ids: tuple[PositionIds, ...]
+    ema: str
+    markers: tuple[str, ...]
+    empty: tuple[str, ...]
+    vectors: tuple[Vectors, ...]
+    adapter: adapters.Inspection | None
+    lineage: Lineage
+    manifest: Manifest | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    rows: tuple[TensorRow, ...] = ()
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Dtype → tensors of the whole file, the most frequent first."""
+        total: Counter[str] = Counter()
+        for component in self.components.values():
+            total.update(component.dtypes)
+        return dict(total.most_common())
+
+
+def inspect(path: Path, *, tensors: str = "") -> Inspection:
+    """What the file, index of shards or diffusers folder is.
+
+    tensors  a glob: also list the tensors that it matches; one that matches none is a `UsageError`
+    Raises as `open_checkpoint` does, and `InputError` for an adapter that is broken.
+    """
+    with open_checkpoint(path) as checkpoint:
+        detection = detect(checkpoint, checkpoint.metadata)
+        family = family_of(detection)
+        known = known_tensors(detection, checkpoint)
+        canonical = {name: family.canonical_name(name) for name in checkpoint}
+        components = _components(checkpoint, canonical, family, known)
+        said, value_prediction = _value_evidence(checkpoint, detection)
+        manifest = _manifest(checkpoint)
+        ema = _ema(checkpoint)
+        if ema == "only" and family.id == "unknown":
+            components = {"ema": _ema_component(checkpoint), **components}
+            components["other"] = _without_ema(checkpoint)
+            if not components["other"].tensors:
+                del components["other"]
+        adapter = adapters.inspect_adapter(path) if detection.kind == "lora" else None
+        ids = tuple(_position_ids(checkpoint))
+        return Inspection(
+            path=path,
+            nbytes=checkpoint.file_bytes,
+            tensors=len(checkpoint),
+            files=len(checkpoint.files),
+            detection=detection,
+            title=family.title if detection.family else "",
+            prediction=detection.prediction or value_prediction,
+            layout=checkpoint.layout or detection.layout,
+            components=components,
+            whole=False if ema == "only" else _is_whole(components),
+            value_evidence=said,
+            position_ids=ids,
+            ema=ema,
+            markers=tuple(name for name in MARKERS if name in checkpoint),
+            empty=tuple(sorted(name for name, spec in checkpoint.items() if not spec.numel)),
+            vectors=_vectors(checkpoint) if detection.kind == "embedding" else (),
+            adapter=adapter,
+            lineage=read_lineage(
+                checkpoint.metadata,
+                checkpoint.path.name,
+                recipe=manifest.recipe if manifest and manifest.is_of_this_file else None,
+            ),
+            manifest=manifest,
+            notes=_notes(checkpoint, detection, family, components),
+            warnings=checkpoint.warnings,
+            rows=_rows(checkpoint, family, tensors) if tensors else (),
+        )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in the places that a user named.
+
+    found      each file with what it is, or with the error that stopped its reading
+    is_single  whether one checkpoint was asked for: its error is raised, not kept here
+    """
+
+    found: tuple[tuple[Path, Inspection | CkptError], ...]
+    is_single: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the worst error."""
+        return max((0, *(one.exit_code for _, one in self.found if isinstance(one, CkptError))))
+
+
+def survey(places: Sequence[Path], *, tensors: str = "") -> Survey:
+    """What all the places are; a plain folder stands for the files in it.
+
+    tensors  as `inspect` has it
+    One place that is no plain folder raises as `inspect` does.
+    """
+    paths = [path for place in places for path in files_in(place) or (place,)]
+    if len(paths) == 1:
+        return Survey(((paths[0], inspect(paths[0], tensors=tensors)),), is_single=True)
+    found: list[tuple[Path, Inspection | CkptError]] = []
+    for path in paths:
+        try:
+            found.append((path, inspect(path, tensors=tensors)))
+        except CkptError as exc:
+            found.append((path, exc))
+    return Survey(tuple(found), is_single=False)
+
+
+def files_in(path: Path) -> tuple[Path, ...]:
+    """The checkpoints in a plain folder, sorted; () for anything that is one checkpoint.
+
+    A plain folder holds several files or diffusers folders, and no index that makes shards of them.
+    """
+    if not path.is_dir() or is_diffusers_folder(path) or any(path.glob("*.index.json")):
+        return ()
+    found = sorted(p for p in path.iterdir() if _is_checkpoint(p))
+    return tuple(found) if len(found) > 1 else ()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        return is_diffusers_folder(path) and any(map(_has_suffix, path.glob("*/*")))
+    return _has_suffix(path) and path.is_file()
+
+
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _rows(checkpoint: Checkpoint, family: Family, glob: str) -> tuple[TensorRow, ...]:
+    matches = re.compile(translate(glob)).match
+    rows = []
+    for name in sorted(checkpoint):
+        if matches(name):
+            usual = family.canonical_name(name)
+            rows.append(
+                TensorRow(checkpoint[name], family.component_of(usual), family.block_of(usual))
+            )
+    if not rows:
+        raise UsageError(
+            f"no tensor matches {glob!r}",
+            where=str(checkpoint.path),
+            fix=nearest_name(glob, list(checkpoint)),
+        )
+    return tuple(rows)
+
+
+# --- what whole models hold --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """One tensor of whole models; `may_lack`: loaders do without it."""
+
+    shape: tuple[int, ...]
+    may_lack: bool
+
+
+def known_tensors(detection: Detection, names: Iterable[str] = ()) -> Mapping[str, Known]:
+    """What whole models of this kind hold, by their usual names; {} where that is not known.
+
+    The list is `families/tensors/family[.variant][.layout].txt.gz`, the most exact one there is.
+    names  of the file: a stand-alone text encoder may have any prefix, and the list gets it too
+    """
+    if detection.family is None:
+        return {}
+    family, variant, layout = detection.family, detection.variant, detection.layout
+    named = f"{family}.{variant}"
+    is_other = layout not in (None, "ldm", "transformers")
+    choices = (
+        [f"{named}.{layout}", f"{family}.{layout}"] if is_other else [named, family]
+    )  # fmt: skip
+    for choice in choices:
+        found = _tensor_list(choice)
+        if found:
+            break
+    else:
+        return {}
+    if detection.kind == "text_encoder":
+        prefix = _prefix(found, names)
+        return {prefix + name: known for name, known in found.items()}
+    canonical_name = load_families()[family].canonical_name
+    return {canonical_name(name): known for name, known in found.items()}
+
+
+@cache
+def _tensor_list(name: str) -> Mapping[str, Known]:
+    path = _LISTS / f"{name}.txt.gz"
+    if not path.is_file():
+        return {}
+    found = {}
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        tensor, dims, *rest = line.split("\t")
+        shape = tuple(map(int, dims.split(","))) if dims else ()
+        found[tensor] = Known(shape, may_lack=bool(rest))
+    return found
+
+
+def _prefix(known: Iterable[str], names: Iterable[str]) -> str:
+    """What stands before the known names in a file: found at the first that is there."""
+    present = list(names)
+    for tail in known:
+        for name in present:
+            if name.endswith(tail) and name[: -len(tail)][-1:] in ("", "."):
+                return name[: -len(tail)]
+    return ""
+
+
+def _components(
+    checkpoint: Checkpoint,
+    canonical: Mapping[str, str],
+    family: Family,
+    known: Mapping[str, Known],
+) -> dict[str, Component]:
+    """Every component that is there or that whole models have, in the family's order."""
+    present: dict[str, dict[str, str]] = {}
+    for name, usual in canonical.items():
+        present.setdefault(family.component_of(usual), {})[usual] = name
+    wanted: dict[str, dict[str, Known]] = {}
+    for usual, one in known.items():
+        wanted.setdefault(family.component_of(usual), {})[usual] = one
+    if any(name.startswith(_EMA) for name in canonical) and "ema" in present:
+        wanted["ema"] = _ema_of(wanted.get("unet", {}))
+    order = [*family.components, "other"]
+    return {
+        component: _component(
+            checkpoint, present.get(component, {}), wanted.get(component, {}), family, component
+        )
+        for component in order
+        if component in present or (component in wanted and _is_expected(component))
+    }
+
+
+def _is_expected(component: str) -> bool:
+    """Whether a model without it lacks something; the noise schedule and estimators are extras."""
+    return component not in ("other", "ema", "depth")
+
+
+def _ema_of(unet: Mapping[str, Known]) -> dict[str, Known]:
+    """The EMA copy's names. Source: CompVis/latent-diffusion, `ldm/modules/ema.py`, `LitEma`."""
+    return {_ema_name(name): known for name, known in unet.items()}
+
+
+def _ema_name(name: str) -> str:
+    return _EMA + name.removeprefix("model.").replace(".", "")
+
+
+def _component(
+    checkpoint: Checkpoint,
+    present: Mapping[str, str],
+    wanted: Mapping[str, Known],
+    family: Family,
+    component: str,
+) -> Component:
+    """present: usual name → the file's; wanted: usual name → what whole models have."""
+    specs = [checkpoint[name] for name in present.values()]
+    found = Component(
+        tensors=len(specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+        dtypes=dict(Counter(spec.dtype for spec in specs).most_common()),
+    )
+    if not wanted or component == "other":
+        return found
+    missing = tuple(
+        sorted(name for name, one in wanted.items() if name not in present and not one.may_lack)
+    )
+    if not specs:
+        return replace(found, state="absent", missing=missing)
+    return replace(
+        found,
+        state="incomplete" if missing else "complete",
+        missing=missing,
+        unexpected=tuple(
+            sorted(
+                name
+                for usual, name in present.items()
+                if usual not in wanted and not family.is_protected(usual)
+            )
+        ),
+        misshapen=_misshapen(checkpoint, present, wanted, family),
+    )
+
+
+def _misshapen(
+    checkpoint: Checkpoint,
+    present: Mapping[str, str],
+    wanted: Mapping[str, Known],
+    family: Family,
+) -> tuple[Misshapen, ...]:
+    """Tensors of another shape than their siblings' widths say.
+
+    A relative of another width is compared in its numbers of dims alone.
+    """
+    inputs = set(family.input_tensors) | {_ema_name(name) for name in family.input_tensors}
+    shared = [name for name in wanted if name in present and name not in inputs]
+    same = sum(checkpoint[present[name]].shape == wanted[name].shape for name in shared)
+    is_same_width = same > _SAME_WIDTH * len(shared)
+    found = []
+    for name in shared:
+        shape, usual = checkpoint[present[name]].shape, wanted[name].shape
+        differs = shape != usual if is_same_width else len(shape) != len(usual)
+        if differs and not name.endswith("position_ids"):  # [77] and [1, 77] are both in use
+            found.append(Misshapen(present[name], shape, usual))
+    return tuple(sorted(found, key=lambda one: one.name))
+
+
+def _is_whole(components: Mapping[str, Component]) -> bool | None:
+    there = [one for name, one in components.items() if one.tensors and name != "other"]
+    if any(one.state == "incomplete" or one.misshapen for one in there):
+        return False
+    return True if there and all(one.state == "complete" for one in there) else None
+
+
+# --- EMA ---------------------------------------------------------------------------------------
+
+
+def _ema(checkpoint: Checkpoint) -> str:
+    if not any(name.startswith(f"{_EMA}diffusion_model") for name in checkpoint):
+        return ""
+    has_unet = any(name.startswith(_UNET) for name in checkpoint)
+    return "beside" if has_unet else "only"
+
+
+def _ema_component(checkpoint: Checkpoint) -> Component:
+    """The EMA copy of a file that holds no UNet beside it, against the nearest family's UNet."""
+    names = {name: name for name in checkpoint if name.startswith(_EMA)}
+    best: tuple[int, Family, dict[str, Known]] | None = None
+    for family in load_families().values():
+        unet = {
+            name: one
+            for name, one in _tensor_list(family.id).items()
+            if family.component_of(name) == "unet"
+        }
+        ema = _ema_of(unet)
+        score = sum(name in names and checkpoint[name].shape == ema[name].shape for name in ema)
+        if score and (best is None or score > best[0]):
+            best = score, family, ema
+    if best is None:
+        return _component(checkpoint, names, {}, UNKNOWN, "ema")
+    return _component(checkpoint, names, best[2], best[1], "ema")
+
+
+def _without_ema(checkpoint: Checkpoint) -> Component:
+    names = {name: name for name in checkpoint if not name.startswith(_EMA)}
+    return _component(checkpoint, names, {}, UNKNOWN, "other")
+
+
+# --- what only values tell ---------------------------------------------------------------------
+
+
+def _value_evidence(
+    checkpoint: Checkpoint, detection: Detection
+) -> tuple[tuple[str, ...], str | None]:
+    """What one small tensor says of epsilon against v prediction; and which it is.
+
+    Source: ComfyUI, `supported_models.py`, `SD20.model_type`: a standard deviation above 0.09 is v.
+    """
+    spec = checkpoint.get(_V_BIAS)
+    if detection.family != "sd2" or detection.variant != "base" or spec is None:
+        return (), None
+    values = _numbers(checkpoint, _V_BIAS)
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return (f"{_V_BIAS} holds no numbers to judge by",), None
+    deviation = statistics.stdev(values)
+    prediction = "v" if deviation > _V_STD else "epsilon"
+    relation = "above" if deviation > _V_STD else "not above"
+    measured = f"the standard deviation of {_V_BIAS} is {deviation:.3f}"
+    said = f"{prediction}: {measured}, {relation} {_V_STD}"
+    return (said,), prediction
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> list[float]:
+    """The values of a small tensor; [] for a dtype that is not read here."""
+    spec = checkpoint[name]
+    codes = {"F16": "e", "F32": "f", "F64": "d", "BF16": "f", "I64": "q", "I32": "i", "I16": "h",
+             "U8": "B", "I8": "b"}  # fmt: skip
+    if spec.dtype not in codes:
+        return []
+    data = checkpoint.read(name)
+    if spec.dtype == "BF16":  # the upper half of an F32
+        data = b"".join(b"\0\0" + data[at : at + 2] for at in range(0, len(data), 2))
+    return [float(value) for value in struct.unpack(f"<{spec.numel}{codes[spec.dtype]}", data)]
+
+
+def _position_ids(checkpoint: Checkpoint) -> Iterable[PositionIds]:
+    """Every `position_ids`, read: merges in half precision leave 75.9975 where 76 stood."""
+    for name in sorted(checkpoint):
+        spec = checkpoint[name]
+        if not name.endswith("position_ids") or not 0 < spec.numel <= _MOST_IDS:
+            continue
+        values = _numbers(checkpoint, name)
+        wrong = [(at, value) for at, value in enumerate(values) if value != at]
+        if values:
+            yield PositionIds(name, spec.dtype, wrong[-1] if wrong else None, len(wrong))
+
+
+def _vectors(checkpoint: Checkpoint) -> tuple[Vectors, ...]:
+    """The tensors of a textual inversion; one vector may be stored without a dim for the count."""
+    found = []
+    for name, spec in sorted(checkpoint.items()):
+        if spec.is_float and len(spec.shape) in (1, 2):
+            count = spec.shape[0] if len(spec.shape) == 2 else 1
+            found.append(Vectors(name, count, spec.shape[-1]))
+    return tuple(found)
+
+
+# --- beside the file ---------------------------------------------------------------------------
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest beside a file; None where there is none."""
+    path = checkpoint.path.with_name(checkpoint.path.name + MANIFEST_SUFFIX)
+    if not path.is_file():
+        return None
+    try:
+        with open_file(path) as stream:
+            length = path.stat().st_size
+            if length > _MOST_MANIFEST:
+                raise InputError(f"{length:,} bytes are too many for a manifest")
+            document = json.loads(stream.read(length, 0))
+    except (ValueError, RecursionError, CkptError, OSError) as exc:
+        return Manifest(path, problem=exc.what if isinstance(exc, CkptError) else "not JSON")
+    if not isinstance(document, dict) or document.get("schema") != MANIFEST_SCHEMA:
+        return Manifest(path, problem=f"its schema is not {MANIFEST_SCHEMA}")
+    hashes = {file.header.sha256 for file in checkpoint.files}
+    written = {one.get("header_sha256") for one in _dicts(document.get("outputs"))}
+    recipe, versions = document.get("recipe"), document.get("versions")
+    return Manifest(
+        path,
+        is_of_this_file=hashes <= written,
+        inputs=tuple(
+            (str(one.get("name", "")), str(one.get("file", "")), str(one.get("sha256") or ""))
+            for one in _dicts(document.get("inputs"))
+        ),
+        versions={str(k): str(v) for k, v in versions.items()}
+        if isinstance(versions, dict)
+        else {},
+        recipe=recipe if isinstance(recipe, dict) else None,
+    )
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+# --- notes -------------------------------------------------------------------------------------
+
+
+def _notes(
+    checkpoint: Checkpoint,
+    detection: Detection,
+    family: Family,
+    components: Mapping[str, Component],
+) -> tuple[str, ...]:
+    """Facts that are worth a sentence, and no faults."""
+    notes = []
+    lacking = [name for name, one in components.items() if one.state == "absent"]
+    if lacking:
+        words = {"vae": "its usual VAE", "unet": "a UNet"}
+        named = ", ".join(words.get(name, f"its usual {name}") for name in lacking)
+        notes.append(f"to run, it needs {named} beside it")
+    if detection.kind == "vae" and detection.variant == "4-channel":
+        notes.append("no header tells the VAEs of SD1, SD2, SDXL, and SDXL's fp16 fix, apart")
+    has_encoder = any(
+        one.tensors for name, one in components.items() if name.startswith("text_encoder")
+    )
+    has_ids = any(name.endswith("position_ids") for name in checkpoint)
+    if has_encoder and not has_ids and family.id in ("sd1", "sdxl"):
+        notes.append("no position_ids: newer files leave them out, and loaders do without")
+    if checkpoint.layout:
+        notes.append("a diffusers folder, shown under the names of single files")
+    return tuple(notes)

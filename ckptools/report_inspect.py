@@ -79,7 +79,7 @@ def inspect_json(found: Inspection) -> dict[str, object]:
 
 def survey_json(survey: Survey) -> dict[str, object]:
     """One file's keys, or `files` with those of each."""
-    bodies = [
+    bodies: list[dict[str, object]] = [
         {"file": str(path), "error": error_json(found)}
         if isinstance(found, CkptError)
         else inspect_json(found)

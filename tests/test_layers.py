@@ -28,13 +28,14 @@ LAYERS = (
         "methods",
         "program",
         "keymap",
+        "lineage",
         "lora",
     },
     {"plan"},
     {"engine", "manifest", "hashing"},
     {"verify", "render"},
-    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship"},
-    {"report", "report_files", "report_adapters", "report_convert"},
+    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect"},
     {"cli"},
     {"__main__"},
 )
@@ -157,7 +158,7 @@ def test_nothing_prints_but_report_and_the_command_line() -> None:
     printing = {"print", "click.echo", "sys.stdout.write", "sys.stderr.write", "pprint", "echo"}
     printers = {part_of(path) for path in MODULES if calls(path) & printing}
 
-    assert printers == {"report", "cli"}
+    assert printers == {"report", "cli", "report_inspect"}
 
 
 LIGHT = {
@@ -208,6 +209,8 @@ print(code, *sorted(heavy & {{name.split(".")[0] for name in sys.modules}}), fil
         ["schema"],
         ["hash", "RECIPE", "--no-cache"],
         ["verify", "MODEL"],
+        ["inspect", "MODEL"],
+        ["inspect", "MODEL", "--json", "--tensors", "*time_embed*"],
         ["plan", "RECIPE"],
         ["plan", "RECIPE", "--json"],
         ["explain", "RECIPE", "*time_embed.0.weight"],

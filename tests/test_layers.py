@@ -158,7 +158,7 @@ def test_nothing_prints_but_report_and_the_command_line() -> None:
     printing = {"print", "click.echo", "sys.stdout.write", "sys.stderr.write", "pprint", "echo"}
     printers = {part_of(path) for path in MODULES if calls(path) & printing}
 
-    assert printers == {"report", "cli", "report_inspect"}
+    assert printers == {"report", "cli"}
 
 
 LIGHT = {

@@ -40,6 +40,7 @@ _INDEX_SUFFIX = ".index.json"
 _VARIANT_INDEX = re.compile(
     r".*\.safetensors\.index\.[\w-]+\.json"
 )  # x.safetensors.index.fp16.json
+_MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _SNIFF_BYTES = 512
 
 
@@ -190,13 +191,13 @@ def _diagnose(head: bytes, path: Path) -> InvalidFileError | None:
         return _invalid(
             path,
             "a zip archive: most likely a PyTorch pickle (.ckpt, .pt, .bin), not safetensors",
-            "use the .safetensors release of the model, or convert it in a tool you trust",
+            "give the file itself: pickles are read as models, not as outputs or shards",
         )
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return _invalid(
             path,
             "a Python pickle (an old .ckpt or .pt), not safetensors",
-            "use the .safetensors release of the model, or convert it in a tool you trust",
+            "give the file itself: pickles are read as models, not as outputs or shards",
         )
     if head.startswith(b"GGUF"):
         return _invalid(
@@ -392,7 +393,7 @@ def _similar_files(path: Path) -> str:
     """A hint that names files that are there."""
     parent = path.parent
     try:
-        there = sorted(item.name for item in parent.iterdir() if item.suffix == ".safetensors")
+        there = sorted(item.name for item in parent.iterdir() if item.suffix in _MODEL_SUFFIXES)
     except FileNotFoundError:
         return f"the folder {str(parent)!r} does not exist either"
     except OSError:  # not a folder, or one that may not be listed

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, open_safetensors
 from ckptools.folders import from_diffusers, is_diffusers_folder, open_folder
+from ckptools.pickles import is_pickle, open_pickle
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.safetensors` file, a `*.index.json` of shards, or a folder of weights.
+    """Open a `.safetensors` file, shards by their index, a PyTorch pickle, or a folder of weights.
 
     A diffusers folder, or a component of one, is seen under the names of single files. Reads
     headers only. Raises `InputError`, `InvalidFileError` or `UnsafeError`.
@@ -25,4 +26,4 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     """One file, the index of shards, or a folder that holds one of them."""
-    return open_safetensors(path)
+    return open_pickle(path) if is_pickle(path) else open_safetensors(path)

@@ -32,7 +32,7 @@ LAYERS = (
         "lora",
     },
     {"plan"},
-    {"engine", "manifest", "hashing"},
+    {"engine", "measure", "manifest", "hashing"},
     {"verify", "render"},
     {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection"},
     {"report", "report_files", "report_adapters", "report_convert", "report_inspect"},
@@ -163,7 +163,7 @@ def test_nothing_prints_but_report_and_the_command_line() -> None:
 
 LIGHT = {
     *("errors", "tensors", "writer", "formula", "recipe", "family", "selectors", "program"),
-    *("keymap", "plan", "sources"),
+    *("keymap", "plan", "sources", "pickles"),
 }
 
 

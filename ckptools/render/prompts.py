@@ -68,12 +68,18 @@ def clip_tokenizer(pad: str = _END) -> Tokenizer:
     Only the merges are shipped; the vocabulary is bytes, bytes at a word's end, merges, start, end.
     Source: openai/CLIP, simple_tokenizer.py (MIT; see data/CLIP-LICENSE).
     """
+    vocabulary, merges = clip_words()
+    return _tokenizer(_engine(vocabulary, merges), pad)
+
+
+def clip_words() -> tuple[dict[str, int], list[str]]:
+    """CLIP's vocabulary, word → number, and the merges that make its words."""
     merges = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters)]
     words += [merge.replace(" ", "") for merge in merges]
     vocabulary = {word: number for number, word in enumerate([*words, _START, _END])}
-    return _tokenizer(_engine(vocabulary, merges), pad)
+    return vocabulary, merges
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

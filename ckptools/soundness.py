@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import Checkpoint, SourceFile
 from ckptools.errors import (
@@ -30,10 +30,8 @@ from ckptools.hashing import (
     Lane,
     Progress,
     Silent,
-    cut_at_tensors,
     data_start,
     from_byte,
-    read_scattered,
     stream_file,
 )
 from ckptools.manifest import (
@@ -52,11 +50,10 @@ from ckptools.workflow import check_pins, tasks_of
 from ckptools.writer import Layout, lay_out
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from ckptools.measure import Values
 
 _LEAST_DIGITS = 10  # of a sha256 that is given short: the length of AutoV2
 _HEX_DIGITS = 64
-_BLOCK = 1 << 17
 _FLOOD = 0.5  # share of a tensor's non-zero values
 _F16_MAX = DTYPES["F16"].finite_max
 _HEADROOM = 2.0  # a merge adds differences: values above half of the range are near its end
@@ -145,7 +142,13 @@ def verify_source(
         _check_family(detection, wanted_family, found)
         manifest = _check_manifest(checkpoint, found)
         _check_data(
-            checkpoint, found, deep=deep, sha256=wanted_sha256, manifest=manifest, progress=progress
+            checkpoint,
+            found,
+            deep=deep,
+            sha256=wanted_sha256,
+            manifest=manifest,
+            threads=threads,
+            progress=progress,
         )
         if recipe is not None:
             _check_recipe(checkpoint, recipe, found, threads=threads, progress=progress)
@@ -290,129 +293,6 @@ def _check_manifest(checkpoint: Checkpoint, found: _Findings) -> dict[Path, str]
 # --- values ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Bits:
-    """How a float format spells its values; all but the sign, as an integer.
-
-    nonfinite  the first integer that is no number; FNUZ has only the lone sign bit
-    inf        the integer of Inf, or -1
-    normal     the smallest normal number
-    """
-
-    width: int
-    magnitude: int
-    nonfinite: int
-    inf: int
-    normal: int
-
-
-# Sources: IEEE 754; Micikevicius et al. 2022, arXiv 2209.05433 (fp8); Noune et al. 2022, arXiv
-# 2206.02915 (FNUZ: the negative zero is the one NaN).
-_FORMATS = {
-    "F64": _Bits(8, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000, 1 << 52),
-    "F32": _Bits(4, 0x7FFF_FFFF, 0x7F80_0000, 0x7F80_0000, 1 << 23),
-    "F16": _Bits(2, 0x7FFF, 0x7C00, 0x7C00, 1 << 10),
-    "BF16": _Bits(2, 0x7FFF, 0x7F80, 0x7F80, 1 << 7),
-    "F8_E5M2": _Bits(1, 0x7F, 0x7C, 0x7C, 1 << 2),
-    "F8_E4M3": _Bits(1, 0x7F, 0x7F, -1, 1 << 3),
-    "F8_E4M3FNUZ": _Bits(1, 0x7F, 0x80, -1, 1 << 3),
-    "F8_E5M2FNUZ": _Bits(1, 0x7F, 0x80, -1, 1 << 2),
-}
-
-
-@dataclass
-class Values:
-    """What the values of one tensor are like.
-
-    largest  the greatest finite magnitude, as the format's integer
-    odd      BOOL bytes that are neither 0 nor 1
-    """
-
-    count: int = 0
-    nan: int = 0
-    inf: int = 0
-    zeros: int = 0
-    denormal: int = 0
-    largest: int = 0
-    odd: int = 0
-
-
-class ValueScan:
-    """A watcher that looks at every value; see `hashing.cut_at_tensors`."""
-
-    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
-        self._specs = specs
-        self._rest: tuple[str, bytes] = ("", b"")
-        self.values: dict[str, Values] = {}
-        self.ids: dict[str, bytearray] = {}
-
-    def __call__(self, name: str, data: memoryview) -> None:
-        """The next piece of a tensor."""
-        spec = self._specs[name]
-        if _holds_ids(spec):
-            self.ids.setdefault(name, bytearray()).extend(data)
-        values = self.values.setdefault(name, Values())
-        if spec.dtype == "BOOL":
-            _look_at_bools(data, values)
-        if spec.dtype not in _FORMATS:
-            return
-        form = _FORMATS[spec.dtype]
-        before, kept = self._rest
-        if kept and before == name:  # a header of an odd length puts values across two reads
-            data = memoryview(kept + bytes(data))
-        whole = len(data) // form.width * form.width
-        self._rest = (name, bytes(data[whole:]))
-        step = _BLOCK * form.width
-        for low in range(0, whole, step):
-            _look_at_floats(data[low : min(low + step, whole)], form, spec.dtype, values)
-
-
-def _holds_ids(spec: TensorSpec) -> bool:
-    return spec.name.endswith("position_ids") and spec.numel <= _MOST_IDS
-
-
-def _look_at_bools(data: memoryview, values: Values) -> None:
-    import numpy as np
-
-    values.count += len(data)
-    values.odd += int(np.count_nonzero(np.frombuffer(data, np.uint8) > 1))
-
-
-def _look_at_floats(data: memoryview, form: _Bits, dtype: str, values: Values) -> None:
-    import numpy as np
-
-    bits: NDArray[Any] = np.frombuffer(data, f"<u{form.width}")
-    values.count += bits.size
-    if dtype.endswith("FNUZ"):
-        nan = int(np.count_nonzero(bits == form.nonfinite))
-        values.nan += nan
-        values.zeros -= nan  # the lone sign bit is not a zero there
-        sizes = bits & bits.dtype.type(form.magnitude)
-    else:
-        sizes = bits & bits.dtype.type(form.magnitude)
-        if int(sizes.max(initial=0)) >= form.nonfinite:
-            inf = int(np.count_nonzero(sizes == form.inf)) if form.inf >= 0 else 0
-            values.inf += inf
-            values.nan += int(np.count_nonzero(sizes >= form.nonfinite)) - inf
-            sizes = np.where(sizes >= form.nonfinite, bits.dtype.type(form.normal), sizes)
-    values.largest = max(values.largest, int(sizes.max(initial=0)))
-    small = int(np.count_nonzero(sizes < form.normal))
-    if small:
-        zeros = int(np.count_nonzero(sizes == 0))
-        values.zeros += zeros
-        values.denormal += small - zeros
-
-
-def _decoded(size: int, dtype: str) -> float:
-    """The value of a magnitude's integer, for the formats wider than a byte."""
-    import numpy as np
-
-    if dtype == "BF16":
-        size, dtype = size << 16, "F32"
-    width = _FORMATS[dtype].width
-    return float(np.array([size], f"<u{width}").view(f"<f{width}")[0])
-
-
 def _check_data(
     checkpoint: Checkpoint,
     found: _Findings,
@@ -420,52 +300,70 @@ def _check_data(
     deep: bool,
     sha256: str,
     manifest: Mapping[Path, str],
+    threads: int,
     progress: Progress,
 ) -> None:
-    """Read the files once, for all that needs their bytes."""
+    """What needs the bytes of the files."""
     if sha256 and len(checkpoint.files) > 1:
         raise UsageError(
             f"a sha256 is of one file, {checkpoint.path.name} is {len(checkpoint.files)}",
             fix="verify the files one by one",
         )
-    if not (deep or sha256):
-        return
-    scan = ValueScan(checkpoint)
+    hashed = deep and (bool(manifest) or HASH_KEY in checkpoint.metadata)
+    if sha256 or hashed:
+        _check_hashes(checkpoint, found, sha256, manifest if hashed else {}, progress)
+    if deep:
+        _check_values(checkpoint, found, threads, progress)
+
+
+def _check_hashes(
+    checkpoint: Checkpoint,
+    found: _Findings,
+    sha256: str,
+    manifest: Mapping[Path, str],
+    progress: Progress,
+) -> None:
+    """Read the files once, in order, for all the hashes that are told of them."""
     whole, total = hashlib.sha256(), hashlib.sha256()
     data = {file.path: hashlib.sha256() for file in checkpoint.files}
     starts = [data_start(file.path) for file in checkpoint.files]
-    progress.start("verifying", checkpoint.file_bytes)
-    for number, file in enumerate(checkpoint.files):
-        lanes: list[Lane] = []
-        if sha256:
-            lanes.append(from_byte(0, whole.update))
-        start = starts[number]
-        if deep and start is not None:
+    progress.start("hashing", checkpoint.file_bytes)
+    for file, start in zip(checkpoint.files, starts, strict=True):
+        lanes: list[Lane] = [from_byte(0, whole.update)] if sha256 else []
+        if start is not None and file.path in manifest:
             lanes.append(from_byte(start, data[file.path].update))
-            if len(checkpoint.files) > 1:
-                lanes.append(from_byte(start, total.update))
-        if deep:
-            lanes.append(cut_at_tensors(checkpoint, number, scan))
+        if start is not None and HASH_KEY in checkpoint.metadata:
+            lanes.append(from_byte(start, total.update))
         stream_file(file.path, file.header.file_bytes, lanes, progress.advance)
     if sha256:
         found.checked.append("sha256")
         if not whole.hexdigest().startswith(sha256):
             message = f"the sha256 is {whole.hexdigest()}, not {sha256}"
             found.problems.append(Problem("sha256", message))
-    if deep:
-        read_scattered(checkpoint, scan)
-        found.checked.append("values")
-        for name, spec in checkpoint.items():
-            _judge(spec, scan.values.get(name, Values()), found)
-        for name, raw in scan.ids.items():
-            _judge_ids(checkpoint[name], bytes(raw), found)
-        digest = total if len(checkpoint.files) > 1 else data[checkpoint.files[0].path]
-        if None not in starts:
-            _check_embedded(checkpoint, digest.hexdigest(), found)
-        for written, told in manifest.items():
-            if data[written].hexdigest() != told:
-                message = f"the data of {written.name} is not what its manifest tells of"
-                found.problems.append(Problem("manifest", message))
+    if HASH_KEY in checkpoint.metadata and None not in starts:
+        _check_embedded(checkpoint, total.hexdigest(), found)
+    for written, told in manifest.items():
+        if data[written].hexdigest() != told:
+            message = f"the data of {written.name} is not what its manifest tells of"
+            found.problems.append(Problem("manifest", message))
+
+
+def _check_values(
+    checkpoint: Checkpoint, found: _Findings, threads: int, progress: Progress
+) -> None:
+    from ckptools.measure import Values, measure_values, rows_of
+
+    found.checked.append("values")
+    wanted = [n for n, spec in checkpoint.items() if spec.is_float or spec.dtype == "BOOL"]
+    progress.start("reading values", sum(checkpoint[name].nbytes for name in wanted))
+    values = measure_values(
+        rows_of([checkpoint], wanted), threads=threads, advance=progress.advance
+    )
+    for name in wanted:
+        _judge(checkpoint[name], values.get(name, Values()), found)
+    for name, spec in checkpoint.items():
+        if name.endswith("position_ids") and spec.numel <= _MOST_IDS:
+            _judge_ids(spec, checkpoint.read(name), found)
 
 
 def _check_embedded(checkpoint: Checkpoint, sha256: str, found: _Findings) -> None:
@@ -496,23 +394,22 @@ def _judge(spec: TensorSpec, values: Values, found: _Findings) -> None:
         problem("nan", f"{values.nan:,} NaN {of}")
     if values.inf:
         problem("inf", f"{values.inf:,} Inf {of}")
-    if values.odd:
-        warning("bool", f"{values.odd:,} {of} are neither 0 nor 1")
-    if spec.dtype not in _FORMATS or not values.count:
+    if not spec.is_float:
+        if values.max > 1:
+            warning("bool", "some of its bytes are neither 0 nor 1")
         return
-    if values.zeros == values.count and len(spec.shape) > 1:
+    if values.count and values.zeros == values.count and len(spec.shape) > 1:
         warning("zeros", f"all {values.count:,} values are zero")
-    nonzero = values.count - values.zeros
-    if values.denormal > _FLOOD * nonzero and values.denormal > 1:
-        share = values.denormal / nonzero
+    nonzero = values.finite - values.zeros
+    if values.denormals > max(1, _FLOOD * nonzero):
+        share = values.denormals / nonzero
         message = f"{share:.0%} of its non-zero values are too small for {spec.dtype} to hold well"
         warning("denormal", message)
-    if _FORMATS[spec.dtype].width > 1:
-        largest = _decoded(values.largest, spec.dtype)
-        if largest > _F16_MAX:
-            warning("head-room", f"values up to {largest:g} do not fit fp16 (65504)")
-        elif largest * _HEADROOM > _F16_MAX:
-            warning("head-room", f"values up to {largest:g} are near the end of fp16 (65504)")
+    largest = max(values.max, -values.min, 0.0)
+    if largest > _F16_MAX:
+        warning("head-room", f"values up to {largest:g} do not fit fp16 (65504)")
+    elif largest * _HEADROOM > _F16_MAX:
+        warning("head-room", f"values up to {largest:g} are near the end of fp16 (65504)")
 
 
 def _judge_ids(spec: TensorSpec, raw: bytes, found: _Findings) -> None:

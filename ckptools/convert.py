@@ -358,7 +358,7 @@ class _Planner:
         wanted = Wanted(
             family=self.map.family,
             detection=self.detection,
-            specs=view,
+            specs=self.checkpoint,
             components=tuple(split.components),
             config=self.request.config,
             source=self.request.source if is_diffusers_folder(self.request.source) else None,

@@ -45,6 +45,7 @@ _MODEL_TYPE = "clip_text_model"
 _SMALL_SUFFIXES = (".json", ".txt", ".model")
 _SMALL_BYTES = 20_000_000
 _BESIDE = ("scheduler", "tokenizer", "feature_extractor")  # and their _2, _3
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 Json = dict[str, Any]
@@ -85,7 +86,7 @@ def settings_of(wanted: Wanted) -> tuple[dict[str, bytes], list[str]]:
         config = _config(component, folders, derived, wanted)
         if config:
             made[f"{component}/config.json"] = _text(config)
-    beside = _beside(folders)
+    beside = _beside(folders) or _tokenizers(wanted, derived)
     if not any(path.startswith("scheduler/") for path in beside) and "scheduler" in derived:
         made["scheduler/scheduler_config.json"] = _text(derived["scheduler"])
     made |= beside
@@ -98,7 +99,7 @@ def settings_of(wanted: Wanted) -> tuple[dict[str, bytes], list[str]]:
         notes.append(
             "not all settings of the folder are known: give a folder that has them with --config"
         )
-    if index and not any(path.startswith("tokenizer") for path in made):
+    if index and not any(path.startswith("tokenizer/") for path in made):
         notes.append(
             "tokenizer/ is not in a checkpoint: copy it from the base model's folder, or give "
             "that with --config"
@@ -162,6 +163,36 @@ def _beside(folders: Sequence[Path]) -> dict[str, bytes]:
                 if small:
                     found[sub.name] = small
     return {name: data for files in found.values() for name, data in files.items()}
+
+
+def _tokenizers(wanted: Wanted, derived: Mapping[str, Json]) -> dict[str, bytes]:
+    """CLIP's tokenizer for every text encoder that has as many words as CLIP.
+
+    Source of the files: the folders of the families' first models.
+    """
+    from ckptools.render.configs import family_facts
+    from ckptools.render.prompts import clip_words
+
+    encoders = [c for c in wanted.components if c.startswith("text_encoder") and c in derived]
+    if not encoders:
+        return {}
+    vocabulary, merges = clip_words()
+    facts = family_facts(wanted.family).text_encoders
+    made: dict[str, bytes] = {}
+    for encoder in encoders:
+        if derived[encoder].get("vocab_size") != len(vocabulary):
+            continue
+        words = {"bos_token": _START, "eos_token": _END, "unk_token": _END}
+        words["pad_token"] = facts[encoder].pad
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+        folder = encoder.replace("text_encoder", "tokenizer")
+        made |= {
+            f"{folder}/merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+            f"{folder}/vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
+            f"{folder}/special_tokens_map.json": _text(words),
+            f"{folder}/tokenizer_config.json": _text(config | words),
+        }
+    return made
 
 
 def _is_small(path: Path) -> bool:

@@ -231,7 +231,7 @@ def _fill(view: _View, folder: Folder, warnings: list[str]) -> None:
     tried = [mapped for mapped in tried if folder.keys() <= mapped.map.components.keys()]
     chosen = next((mapped for mapped in tried if mapped.is_of_family), None)
     if chosen is None:  # a part of a model: where its names are the same in every family
-        whole = [mapped for mapped in tried if not mapped.unknown and not mapped.errors]
+        whole = [mapped.canonical() for mapped in tried if not mapped.unknown and not mapped.errors]
         agree = whole and all(mapped.specs == whole[0].specs for mapped in whole)
         chosen = whole[0] if agree else None
     if chosen is None:
@@ -274,6 +274,13 @@ class _Mapped:
     def is_of_family(self) -> bool:
         """Whether the result is told to be of the map's family."""
         return detect(self.specs).family == self.map.family
+
+    def canonical(self) -> _Mapped:
+        """The same under the names that a part alone usually has: Flux calls its VAE otherwise."""
+        usual = family_of(detect(self.specs)).canonical_name
+        self.extents = {usual(name): extents for name, extents in self.extents.items()}
+        self.specs = {usual(n): replace(spec, name=usual(n)) for n, spec in self.specs.items()}
+        return self
 
     def _add(self, id_: str, tensors: Mapping[str, _Part]) -> None:
         usual = self.map.components[id_].usual_name

@@ -13,12 +13,12 @@ import re
 import statistics
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ckptools.adapters import inspection as adapters
 from ckptools.checkpoint import Checkpoint, open_file
@@ -29,6 +29,10 @@ from ckptools.lineage import Lineage, read_lineage
 from ckptools.manifest import MANIFEST_SCHEMA, MANIFEST_SUFFIX
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from ckptools.measure import Values
+    from ckptools.workflow import Progress
 
 State = Literal["complete", "incomplete", "absent", "not known"]
 
@@ -125,6 +129,18 @@ class TensorRow:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What the values of floating point tensors are like: of each, of each block and component.
+
+    blocks  "unet IN04", "vae", in the family's order
+    """
+
+    tensors: Mapping[str, Values]
+    blocks: Mapping[str, Values]
+    components: Mapping[str, Values]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a file is.
 
@@ -160,6 +176,7 @@ class Inspection:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     rows: tuple[TensorRow, ...] = ()
+    statistics: Statistics | None = None
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -170,10 +187,14 @@ class Inspection:
         return dict(total.most_common())
 
 
-def inspect(path: Path, *, tensors: str = "") -> Inspection:
+def inspect(
+    path: Path, *, tensors: str = "", statistics: bool = False, progress: Progress | None = None
+) -> Inspection:
     """What the file, index of shards or diffusers folder is.
 
-    tensors  a glob: also list the tensors that it matches; one that matches none is a `UsageError`
+    tensors     a glob: also list the tensors that it matches; one that matches none is a
+                `UsageError`
+    statistics  read the values, too: of the tensors that `tensors` matches, or of all
     Raises as `open_checkpoint` does, and `InputError` for an adapter that is broken.
     """
     with open_checkpoint(path) as checkpoint:
@@ -192,6 +213,7 @@ def inspect(path: Path, *, tensors: str = "") -> Inspection:
                 del components["other"]
         adapter = adapters.inspect_adapter(path) if detection.kind == "lora" else None
         ids = tuple(_position_ids(checkpoint))
+        rows = _rows(checkpoint, family, tensors) if tensors or statistics else ()
         return Inspection(
             path=path,
             nbytes=checkpoint.file_bytes,
@@ -218,7 +240,8 @@ def inspect(path: Path, *, tensors: str = "") -> Inspection:
             manifest=manifest,
             notes=_notes(checkpoint, detection, family, components),
             warnings=checkpoint.warnings,
-            rows=_rows(checkpoint, family, tensors) if tensors else (),
+            rows=rows if tensors else (),
+            statistics=_statistics(checkpoint, family, rows, progress) if statistics else None,
         )
 
 
@@ -239,19 +262,28 @@ class Survey:
         return max((0, *(one.exit_code for _, one in self.found if isinstance(one, CkptError))))
 
 
-def survey(places: Sequence[Path], *, tensors: str = "") -> Survey:
+def survey(
+    places: Sequence[Path],
+    *,
+    tensors: str = "",
+    statistics: bool = False,
+    progress: Progress | None = None,
+) -> Survey:
     """What all the places are; a plain folder stands for the files in it.
 
-    tensors  as `inspect` has it
+    tensors, statistics  as `inspect` has them
     One place that is no plain folder raises as `inspect` does.
     """
     paths = [path for place in places for path in files_in(place) or (place,)]
     if len(paths) == 1:
-        return Survey(((paths[0], inspect(paths[0], tensors=tensors)),), is_single=True)
+        one = inspect(paths[0], tensors=tensors, statistics=statistics, progress=progress)
+        return Survey(((paths[0], one),), is_single=True)
     found: list[tuple[Path, Inspection | CkptError]] = []
     for path in paths:
         try:
-            found.append((path, inspect(path, tensors=tensors)))
+            found.append(
+                (path, inspect(path, tensors=tensors, statistics=statistics, progress=progress))
+            )
         except CkptError as exc:
             found.append((path, exc))
     return Survey(tuple(found), is_single=False)
@@ -279,7 +311,7 @@ def _has_suffix(path: Path) -> bool:
 
 
 def _rows(checkpoint: Checkpoint, family: Family, glob: str) -> tuple[TensorRow, ...]:
-    matches = re.compile(translate(glob)).match
+    matches = re.compile(translate(glob or "*")).match
     rows = []
     for name in sorted(checkpoint):
         if matches(name):
@@ -287,13 +319,52 @@ def _rows(checkpoint: Checkpoint, family: Family, glob: str) -> tuple[TensorRow,
             rows.append(
                 TensorRow(checkpoint[name], family.component_of(usual), family.block_of(usual))
             )
-    if not rows:
+    if not rows and glob:
         raise UsageError(
             f"no tensor matches {glob!r}",
             where=str(checkpoint.path),
             fix=nearest_name(glob, list(checkpoint)),
         )
     return tuple(rows)
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def _statistics(
+    checkpoint: Checkpoint, family: Family, rows: Sequence[TensorRow], progress: Progress | None
+) -> Statistics:
+    """Statistics of the rows' floating point tensors, streamed."""
+    from ckptools.measure import Values, measure_values, rows_of
+
+    places = {row.spec.name: row for row in rows if row.spec.is_float and row.spec.numel}
+    if progress is not None:
+        progress.start(
+            f"reading {checkpoint.path.name}", sum(row.spec.nbytes for row in places.values())
+        )
+    found = measure_values(
+        rows_of([checkpoint], places), advance=progress.advance if progress else lambda _: None
+    )
+    checkpoint.check_unchanged()
+    blocks: dict[str, Values] = {}
+    components: dict[str, Values] = {}
+    for name, values in found.items():
+        row = places[name]
+        label = row.component if row.block in ("", "BASE") else f"{row.component} {row.block}"
+        blocks[label] = blocks.get(label, Values()) + values
+        components[row.component] = components.get(row.component, Values()) + values
+    order = [*family.components, "other"]
+    block_order = ["", *family.blocks]
+
+    def position(label: str) -> tuple[int, int]:
+        component, _, block = label.partition(" ")
+        return order.index(component), block_order.index(block)
+
+    return Statistics(
+        tensors=found,
+        blocks={label: blocks[label] for label in sorted(blocks, key=position)},
+        components={label: components[label] for label in sorted(components, key=position)},
+    )
 
 
 # --- what whole models hold --------------------------------------------------------------------
@@ -307,31 +378,27 @@ class Known:
     may_lack: bool
 
 
-def known_tensors(detection: Detection, names: Iterable[str] = ()) -> Mapping[str, Known]:
+def known_tensors(detection: Detection, names: Collection[str]) -> Mapping[str, Known]:
     """What whole models of this kind hold, by their usual names; {} where that is not known.
 
-    The list is `families/tensors/family[.variant][.layout].txt.gz`, the most exact one there is.
-    names  of the file: a stand-alone text encoder may have any prefix, and the list gets it too
+    The lists are `families/tensors/family[.variant][.layout].txt.gz`; of those of the family and
+    its variant the one that has most names in common with the file's is taken.
     """
     if detection.family is None:
         return {}
-    family, variant, layout = detection.family, detection.variant, detection.layout
-    named = f"{family}.{variant}"
-    is_other = layout not in (None, "ldm", "transformers")
-    choices = (
-        [f"{named}.{layout}", f"{family}.{layout}"] if is_other else [named, family]
-    )  # fmt: skip
-    for choice in choices:
-        found = _tensor_list(choice)
-        if found:
-            break
-    else:
-        return {}
-    if detection.kind == "text_encoder":
-        prefix = _prefix(found, names)
-        return {prefix + name: known for name, known in found.items()}
-    canonical_name = load_families()[family].canonical_name
-    return {canonical_name(name): known for name, known in found.items()}
+    family = load_families()[detection.family]
+    present = {family.canonical_name(name) for name in names}
+    best: Mapping[str, Known] = {}
+    for stem in (f"{family.id}.{detection.variant}", family.id):
+        for name in (stem, f"{stem}.{detection.layout}", f"{stem}.diffusers", f"{stem}.openclip"):
+            found = _tensor_list(name)
+            if detection.kind == "text_encoder":  # may stand under any prefix
+                prefix = _prefix(found, present)
+                found = {prefix + tensor: known for tensor, known in found.items()}
+            found = {family.canonical_name(tensor): known for tensor, known in found.items()}
+            if len(present & found.keys()) > len(present & best.keys()):
+                best = found
+    return best
 
 
 @cache
@@ -347,9 +414,8 @@ def _tensor_list(name: str) -> Mapping[str, Known]:
     return found
 
 
-def _prefix(known: Iterable[str], names: Iterable[str]) -> str:
-    """What stands before the known names in a file: found at the first that is there."""
-    present = list(names)
+def _prefix(known: Iterable[str], present: Collection[str]) -> str:
+    """What stands before the known names in a file: found at the first of them that is there."""
     for tail in known:
         for name in present:
             if name.endswith(tail) and name[: -len(tail)][-1:] in ("", "."):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ckptools.errors import CkptError
-from ckptools.inspection import Component, Inspection, Manifest, Survey, TensorRow
+from ckptools.inspection import Component, Inspection, Manifest, Statistics, Survey, TensorRow
 from ckptools.lineage import Ancestor, Lineage
 from ckptools.report import _row, _show_table, _table, error_json, gigabytes, show_line
-from ckptools.report_adapters import inspection_json
+from ckptools.report_adapters import bar, inspection_json
+
+if TYPE_CHECKING:
+    from ckptools.measure import Values
 
 _MOST_LISTED = 5
 _MOST_ENTRIES = 24
@@ -62,6 +67,12 @@ def inspect_json(found: Inspection) -> dict[str, object]:
         "notes": [*found.notes, *found.lineage.notes],
         "warnings": list(found.warnings),
     }
+    if found.statistics is not None:
+        body["statistics"] = {
+            "components": _values_json(found.statistics.components),
+            "blocks": _values_json(found.statistics.blocks),
+            "tensors": _values_json(found.statistics.tensors),
+        }
     if found.rows:
         body["listed"] = [_row_json(row) for row in found.rows]
     if found.vectors:
@@ -86,6 +97,28 @@ def survey_json(survey: Survey) -> dict[str, object]:
         for path, found in survey.found
     ]
     return bodies[0] if survey.is_single else {"files": bodies}
+
+
+def _values_json(groups: Mapping[str, Values]) -> dict[str, object]:
+    return {
+        label: {
+            "count": values.count,
+            "nan": values.nan,
+            "inf": values.inf,
+            "zeros": values.zeros,
+            "denormals": values.denormals,
+            "norm": values.norm,
+            "mean": _finite(values.mean),
+            "std": _finite(values.std),
+            "min": _finite(values.min),
+            "max": _finite(values.max),
+        }
+        for label, values in groups.items()
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no NaN
 
 
 def _row_json(row: TensorRow) -> dict[str, object]:
@@ -373,6 +406,11 @@ def show_survey(survey: Survey) -> None:
         if not survey.is_single:
             show_line(one.path.name)
         _show_rows(one)
+    for one in found:
+        if one.statistics is not None:
+            _show_statistics(one, one.statistics)
+    if any(one.statistics is not None for one in found) and survey.is_single:
+        return
     if not survey.is_single and len(listed) < len(survey.found):
         _show_several(survey)
     elif not listed:
@@ -406,3 +444,46 @@ def _show_rows(found: Inspection) -> None:
     _show_table(table)
     total = gigabytes(sum(row.spec.nbytes for row in found.rows))
     show_line(f"{len(found.rows):,} of {_count(found.tensors, 'tensor')}, {total}")
+
+
+def _show_statistics(found: Inspection, statistics: Statistics) -> None:
+    """A table of the components, or of the tensors that were asked for; and a bar per block."""
+    groups = statistics.tensors if found.rows else statistics.components
+    table = _table("tensor" if found.rows else "component", "values", "norm", "mean", "std", "min",
+                   "max", "zeros", "NaN, Inf", numbers=range(1, 9), wide=(0,))  # fmt: skip
+    for label, values in groups.items():
+        _row(table, label, f"{values.count:,}", *map(_number, (
+            values.norm, values.mean, values.std, values.min, values.max)),
+            _share(values.zeros, values.count), _counts(values))  # fmt: skip
+    show_line(f"{found.path.name}: the values of floating point tensors")
+    _show_table(table)
+    if found.rows:
+        return
+    sizes = {label: _rms(values) for label, values in statistics.blocks.items()}
+    longest = max(sizes.values(), default=0.0) or 1.0
+    bars = _table("block", "values", "std", "rms", "", numbers=(1, 2, 3))
+    for label, values in statistics.blocks.items():
+        _row(bars, label, f"{values.count:,}", _number(values.std), _number(sizes[label]),
+             bar(sizes[label] / longest))  # fmt: skip
+    _show_table(bars)
+    for name, values in statistics.tensors.items():
+        if values.nan or values.inf:
+            show_line(f"warning: {_short(name)} holds {values.nan:,} NaN and {values.inf:,} Inf")
+
+
+def _rms(values: Values) -> float:
+    return math.sqrt(values.sum_squares / values.finite) if values.finite else 0.0
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "·"
+
+
+def _share(part: int, whole: int) -> str:
+    if not part:
+        return "·"
+    return f"{part / whole:.2%}" if part >= whole / 10_000 else "<0.01%"
+
+
+def _counts(values: Values) -> str:
+    return f"{values.nan:,}, {values.inf:,}" if values.nan or values.inf else "·"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ckptools.hashing import FileHashes, Hashes
-from ckptools.report import gigabytes, show_line, shown_path
+from ckptools.kinship import VERDICTS, Kinship, Relation, Suits
+from ckptools.report import _row, _show_table, _table, gigabytes, show_line, shown_path
 from ckptools.soundness import Problem, Soundness
 
 _MOST_PROBLEMS = 20
@@ -148,3 +150,101 @@ def _show_problems(before: str, problems: Sequence[Problem]) -> None:
     rest = len(problems) - _MOST_PROBLEMS
     if rest > 0:
         show_line(f"  {before}and {rest:,} more (--json lists all)")
+
+
+# --- kinship -----------------------------------------------------------------------------------
+
+
+def kinship_json(found: Kinship) -> dict[str, object]:
+    """The contract keys of `kinship`, of the pair that decides, and all pairs."""
+    order = list(VERDICTS)
+    worst = max(found.relations, key=lambda one: order.index(one.verdict), default=None)
+    return {
+        "verdict": found.verdict,
+        "meaning": VERDICTS[found.verdict],
+        "groups": _groups_json(worst) if worst else {},
+        "pairs": [
+            {
+                "a": shown_path(one.a),
+                "b": shown_path(one.b),
+                "verdict": one.verdict,
+                "reason": one.reason,
+                "groups": _groups_json(one),
+                "notes": list(one.notes),
+            }
+            for one in found.relations
+        ],
+        "adapters": [
+            {
+                "adapter": shown_path(one.adapter),
+                "model": shown_path(one.model),
+                "verdict": one.verdict,
+                "reason": one.reason,
+                "families": list(one.families),
+                "trained_on": dict(one.trained_on),
+            }
+            for one in found.adapters
+        ],
+    }
+
+
+def _groups_json(relation: Relation) -> dict[str, object]:
+    groups: dict[str, object] = {}
+    for name, group in relation.groups.items():
+        row: dict[str, object] = {
+            "distance": _finite(group.distance),
+            "cosine": _finite(group.cosine),
+            "tensors": group.tensors,
+            "verdict": group.verdict,
+        }
+        if name in relation.tasks:
+            tasks = relation.tasks[name]
+            row["from_base"] = {
+                "cosine": _finite(tasks.cosine), "a": tasks.size_a, "b": tasks.size_b,
+            }  # fmt: skip
+        groups[name] = row
+    return groups
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN and no Infinity."""
+    return number if math.isfinite(number) else None
+
+
+def show_kinship(found: Kinship) -> None:
+    """The verdict of every pair, its components in a table; then the adapter's."""
+    for relation in found.relations:
+        _show_relation(relation)
+    for suits in found.adapters:
+        _show_suits(suits)
+
+
+def _show_relation(relation: Relation) -> None:
+    show_line(f"{relation.a.name} and {relation.b.name}: {VERDICTS[relation.verdict]}")
+    show_line(f"  {relation.reason}")
+    if relation.groups:
+        columns = ["component", "distance", "cosine", "matrices"]
+        if relation.tasks:
+            columns += ["A from base", "B from base", "cosine of both"]
+        table = _table(*columns, "kin", numbers=range(1, len(columns)))
+        for name, group in relation.groups.items():
+            cells = [name, _number(group.distance), _number(group.cosine), f"{group.tensors:,}"]
+            if relation.tasks:
+                tasks = relation.tasks.get(name)
+                numbers = (tasks.size_a, tasks.size_b, tasks.cosine) if tasks else (math.nan,) * 3
+                cells += [_number(number) for number in numbers]
+            _row(table, *cells, group.verdict)
+        _show_table(table)
+    for note in relation.notes:
+        show_line(f"  note: {note}")
+
+
+def _number(number: float) -> str:
+    return f"{number:.3f}" if math.isfinite(number) else "·"
+
+
+def _show_suits(suits: Suits) -> None:
+    show_line(f"{suits.adapter.name} on {suits.model.name}: {suits.verdict}")
+    show_line(f"  {suits.reason}")
+    for key, text in suits.trained_on.items():
+        show_line(f"  {key}: {text[:200]}")

@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ckptools.adapters import inspection as adapters
 from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
@@ -31,6 +30,7 @@ from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 
 if TYPE_CHECKING:
+    from ckptools.adapters.inspection import Inspection as AdapterInspection
     from ckptools.measure import Values
     from ckptools.workflow import Progress
 
@@ -170,7 +170,7 @@ class Inspection:
     markers: tuple[str, ...]
     empty: tuple[str, ...]
     vectors: tuple[Vectors, ...]
-    adapter: adapters.Inspection | None
+    adapter: AdapterInspection | None
     lineage: Lineage
     manifest: Manifest | None
     notes: tuple[str, ...]
@@ -211,7 +211,7 @@ def inspect(
             components["other"] = _without_ema(checkpoint)
             if not components["other"].tensors:
                 del components["other"]
-        adapter = adapters.inspect_adapter(path) if detection.kind == "lora" else None
+        adapter = _adapter(path) if detection.kind == "lora" else None
         ids = tuple(_position_ids(checkpoint))
         rows = _rows(checkpoint, family, tensors) if tensors or statistics else ()
         return Inspection(
@@ -243,6 +243,12 @@ def inspect(
             rows=rows if tensors else (),
             statistics=_statistics(checkpoint, family, rows, progress) if statistics else None,
         )
+
+
+def _adapter(path: Path) -> AdapterInspection:
+    from ckptools.adapters.inspection import inspect_adapter  # slow to load, seldom needed
+
+    return inspect_adapter(path)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from ckptools.errors import CkptError
 from ckptools.inspection import Component, Inspection, Manifest, Statistics, Survey, TensorRow
 from ckptools.lineage import Ancestor, Lineage
 from ckptools.report import _row, _show_table, _table, error_json, gigabytes, show_line
-from ckptools.report_adapters import bar, inspection_json
 
 if TYPE_CHECKING:
     from ckptools.measure import Values
@@ -81,6 +80,8 @@ def inspect_json(found: Inspection) -> dict[str, object]:
             for one in found.vectors
         ]
     if found.adapter is not None:
+        from ckptools.report_adapters import inspection_json
+
         told = inspection_json(found.adapter)
         repeated = ("file", "bytes", "tensors", "metadata", "layout", "components")
         body["adapter"] = {key: value for key, value in told.items() if key not in repeated}
@@ -183,7 +184,8 @@ def show_inspect(found: Inspection) -> None:
         show_line(f"  prediction: {found.prediction}")
     if found.layout:
         show_line(f"  layout:     {found.layout}")
-    show_line(f"  whole:      {_wholeness(found)}")
+    if found.adapter is None and not found.vectors:
+        show_line(f"  whole:      {_wholeness(found)}")
     if found.markers:
         show_line(f"  markers:    {', '.join(found.markers)}")
     if found.lineage.tools:
@@ -459,6 +461,8 @@ def _show_statistics(found: Inspection, statistics: Statistics) -> None:
     _show_table(table)
     if found.rows:
         return
+    from ckptools.report_adapters import bar
+
     sizes = {label: _rms(values) for label, values in statistics.blocks.items()}
     longest = max(sizes.values(), default=0.0) or 1.0
     bars = _table("block", "values", "std", "rms", "", numbers=(1, 2, 3))

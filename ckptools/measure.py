@@ -745,3 +745,34 @@ def _gram_of(reading: _Reading) -> Gram:
             chunk = stack[:, at : at + _CHUNK]
             matrix += chunk @ chunk.T
     return Gram(matrix, reading.piece.length, nonfinite)
+
+
+# --- rounding ----------------------------------------------------------------------------------
+
+
+def measure_rounding(
+    rows: Iterable[Row], *, threads: int = THREADS, advance: Advance = _no_progress
+) -> dict[str, bool]:
+    """Whether the second model's bits are the first's rounded to nearest, ties to even, by key.
+
+    Answers for F32 and F64 rounded to F16, BF16 and F32; False for every other pair of dtypes.
+    """
+    pieces = list(_cut(rows))
+    totals: dict[str, bool] = {}
+    for piece, rounded in zip(pieces, _run(pieces, _is_rounded, threads, advance), strict=True):
+        totals[piece.row.key] = totals.get(piece.row.key, True) and rounded
+    return totals
+
+
+@np.errstate(over="ignore", invalid="ignore", under="ignore")
+def _is_rounded(reading: _Reading) -> bool:
+    wide, narrow = reading.dtypes
+    if wide not in ("F32", "F64") or narrow not in ("F16", "BF16", "F32"):
+        return False
+    values, stored = reading.data[0].view(_PLAIN[wide]), reading.data[1]
+    if narrow == "BF16":
+        bits = values.astype(np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return bool((rounded == stored.view("<u2")).all())
+    rounded = values.astype("<f2" if narrow == "F16" else "<f4")
+    return bool((rounded.view(np.uint8) == stored).all())

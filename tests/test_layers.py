@@ -34,8 +34,8 @@ LAYERS = (
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render"},
-    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection"},
-    {"report", "report_files", "report_adapters", "report_convert", "report_inspect"},
+    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,195 @@
+"""How `ckptools diff` shows what it found: terminal, JSON and one HTML page. Uses `report`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptools.diff import KINDS, Difference, fit_in_words, kind_of
+from ckptools.errors import OutputError
+from ckptools.measure import Pair
+from ckptools.report import _row, _show_table, _table, gigabytes, show_line, show_message
+from ckptools.tensors import TensorSpec
+
+_MOST_NAMES = 8
+_TEMPLATE = Path(__file__).with_name("diff.html")
+
+
+def diff_json(found: Difference, *, top: int) -> dict[str, object]:
+    """The contract keys of `diff`, and more."""
+    return {
+        "a": str(found.a.checkpoint.path),
+        "b": str(found.b.checkpoint.path),
+        "family": found.family.id,
+        "same": found.same,
+        "explanation": found.explanation,
+        "notes": list(found.notes),
+        "tensors": found.tensors,
+        "changed": found.changed,
+        "only_a": list(found.only_a),
+        "only_b": list(found.only_b),
+        "reshaped": [
+            {"name": name, "a": list(a.shape), "b": list(b.shape), "compared": name in found.pairs}
+            for name, a, b in found.reshaped
+        ],
+        "dtypes": [{"a": a, "b": b, "tensors": n} for (a, b), n in found.dtypes.items()],
+        "metadata": [{"key": key, "a": a, "b": b} for key, a, b in found.metadata],
+        "groups": {name: _pair_json(pair) for name, pair in found.groups.items()},
+        "top": [{"name": n, **_pair_json(found.pairs[n])} for n in most_changed(found)[:top]],
+        "low_rank": None if found.low_rank is None else {
+            "changed": found.low_rank.changed, "sampled": found.low_rank.sampled,
+            "low": found.low_rank.low, "rank": found.low_rank.rank,
+        },
+        "fits": {
+            name: {
+                "coefficients": dict(zip(found.fit_labels, fit.coefficients, strict=True)),
+                "sum": sum(fit.coefficients),
+                "residual": fit.residual,
+                "formula": fit_in_words(fit, found.fit_labels),
+            }
+            for name, fit in found.fits.items()
+        },
+        "left_out_of_fits": found.left_out,
+    }  # fmt: skip
+
+
+def _pair_json(pair: Pair) -> dict[str, object]:
+    return {
+        "max_abs": _number(pair.max_abs),
+        "mean_abs": _number(pair.mean_abs),
+        "rel_l2": _number(pair.rel_l2),
+        "cosine": _number(pair.cosine),
+        "changed_share": pair.changed_share,
+        "nonfinite": pair.nonfinite,
+        "values": pair.count,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither NaN nor Inf."""
+    return value if math.isfinite(value) else None
+
+
+def most_changed(found: Difference) -> list[str]:
+    """The names of changed tensors, the largest relative change first."""
+    changed = [name for name, pair in found.pairs.items() if pair.changed]
+    return sorted(changed, key=lambda name: (-found.pairs[name].rel_l2, name))
+
+
+def show_diff(found: Difference, *, top: int) -> None:
+    """The verdict, groups, and the tensors that changed most."""
+    show_line(found.explanation)
+    for note in found.notes:
+        show_line(f"note: {note}")
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        _show_names(f"only in {side}", names)
+    for name, a, b in found.reshaped[:_MOST_NAMES]:
+        show_line(f"shape: {name}: A is {list(a.shape)}, B is {list(b.shape)}")
+    for (one, two), count in found.dtypes.items():
+        show_line(f"dtype: {count:,} tensors are {one} in A, {two} in B")
+    if found.metadata:
+        show_line(f"metadata differs: {', '.join(key for key, _, _ in found.metadata)}")
+    changed = {name: pair for name, pair in found.groups.items() if pair.changed}
+    if changed:
+        _show_pairs("group", changed)
+        unchanged = [name for name in found.groups if name not in changed]
+        if unchanged:
+            show_line(f"unchanged: {' '.join(unchanged)}")
+        if names := most_changed(found)[:top]:
+            _show_pairs("tensor", {name: found.pairs[name] for name in names})
+    _show_fits(found)
+    counted = f"{found.changed:,} of {found.tensors:,} shared tensors differ"
+    if found.has_values:
+        show_line(counted)
+
+
+def _show_names(title: str, names: Sequence[str]) -> None:
+    for name in names[:_MOST_NAMES]:
+        show_line(f"{title}: {name}")
+    if len(names) > _MOST_NAMES:
+        show_line(f"{title}: … {len(names) - _MOST_NAMES:,} more (--json lists them)")
+
+
+def _show_pairs(title: str, pairs: dict[str, Pair]) -> None:
+    table = _table(title, "rel L2", "cosine", "max", "mean", "changed", "NaN/Inf",
+                   numbers=(1, 2, 3, 4, 5, 6), wide=(0,))  # fmt: skip
+    for name, pair in pairs.items():
+        _row(table, name, f"{pair.rel_l2:.3g}", f"{pair.cosine:.6f}", f"{pair.max_abs:.3g}",
+             f"{pair.mean_abs:.3g}", f"{pair.changed_share:.1%}",
+             f"{pair.nonfinite:,}" if pair.nonfinite else "·")  # fmt: skip
+    _show_table(table)
+
+
+def _show_fits(found: Difference) -> None:
+    if not found.fits:
+        return
+    table = _table("group", "B ≈", "sum", "residual / |B - A|", numbers=(2, 3), wide=(1,))
+    for name, fit in found.fits.items():
+        _row(table, name, fit_in_words(fit, found.fit_labels), f"{sum(fit.coefficients):.4g}",
+             f"{fit.residual:.2g}")  # fmt: skip
+    _show_table(table)
+    if found.left_out:
+        show_line(f"{found.left_out:,} tensors are in no fit: not all models have them")
+
+
+# --- HTML --------------------------------------------------------------------------------------
+
+
+def write_html(found: Difference, path: Path) -> None:
+    """Write one page that loads nothing. Raises `OutputError` where it cannot be written."""
+    try:
+        path.write_text(html_page(found), encoding="utf-8")
+    except OSError as exc:
+        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
+    show_message(f"wrote {path}")
+
+
+def html_page(found: Difference) -> str:
+    """The page; names and metadata reach it as data only, never as markup."""
+    sides = []
+    for label, model in (("A", found.a), ("B", found.b)):
+        detection = model.detection
+        what = " ".join(filter(None, [detection.family or detection.kind, detection.variant]))
+        sides.append({
+            "label": label, "file": model.checkpoint.path.name, "what": what,
+            "size": gigabytes(model.checkpoint.file_bytes), "tensors": len(model.checkpoint),
+        })  # fmt: skip
+    data = {
+        "sides": sides,
+        "explanation": found.explanation,
+        "notes": list(found.notes),
+        "same": found.same,
+        "kinds": list(KINDS),
+        "places": [*found.family.components, "other", *found.family.blocks],
+        "groups": {name: _pair_json(pair) for name, pair in found.groups.items()},
+        "fits": [
+            {"group": name, "formula": fit_in_words(fit, found.fit_labels),
+             "residual": fit.residual}
+            for name, fit in found.fits.items()
+        ],
+        "only": {"A": list(found.only_a), "B": list(found.only_b)},
+        "metadata": [{"key": key, "a": a, "b": b} for key, a, b in found.metadata],
+        "tensors": [_tensor_json(found, name, pair) for name, pair in found.pairs.items()],
+    }  # fmt: skip
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return _TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+
+
+def _tensor_json(found: Difference, name: str, pair: Pair) -> dict[str, object]:
+    a, b = found.a.spec(name), found.b.spec(name)
+    return {
+        "name": name,
+        "kind": kind_of(name),
+        "place": found.family.block_of(name) or found.family.component_of(name),
+        "what": str(a) if (a.dtype, a.shape) == (b.dtype, b.shape) else _both(a, b),
+        "changed": pair.changed,
+        "squares": _number(pair.sum_squares) or 0,
+        "norm": _number(pair.a_squares) or 0,
+        **_pair_json(pair),
+    }
+
+
+def _both(a: TensorSpec, b: TensorSpec) -> str:
+    return f"{a} → {b}"

@@ -23,6 +23,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 
 from ckptools.errors import InputError, UsageError
 from ckptools.family import Detection, load_families
-from ckptools.keymap import KeyMap, Piece, key_map
+from ckptools.keymap import KeyMap, key_map
 from ckptools.tensors import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -133,23 +134,16 @@ def family_facts(family: str) -> FamilyFacts:
     )
 
 
-def pieces_of(keys: KeyMap, component: str, spec: TensorSpec) -> tuple[Piece, ...]:
-    """What a tensor is among diffusers' tensors; one that the map does not know keeps its name.
-
-    The latter are files of a single component in diffusers' own names.
-    """
-    known = keys.pieces(spec)
-    if known is not None:
-        return known
-    return (Piece(component, spec.name, None, None, "none", spec.shape),)
-
-
 def shapes_of(keys: KeyMap, specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, Any]]:
-    """Component → diffusers' name → shape; tensors that the map does not know are left out."""
+    """Component → diffusers' name → shape.
+
+    Tensors that the map does not know, or whose rows it cannot share out, are left out.
+    """
     found: dict[str, dict[str, Any]] = {}
     for spec in specs.values():
-        for piece in keys.pieces(spec) or ():
-            found.setdefault(piece.component, {})[piece.name] = piece.shape
+        with suppress(InputError):
+            for piece in keys.pieces(spec) or ():
+                found.setdefault(piece.component, {})[piece.name] = piece.shape
     return found
 
 
@@ -158,18 +152,20 @@ def draft(
     detection: Detection,
     *,
     config: Path | None = None,
+    vae: Shapes | None = None,
     prediction: str | None = None,
 ) -> Blueprint:
     """The blueprint of a whole checkpoint (UNet, VAE, text encoders).
 
     config      a diffusers folder without weights; what it says counts, but for input channels
+    vae         shapes, by diffusers' names, of a VAE that stands in for the checkpoint's
     prediction  "epsilon" or "v", whatever else says otherwise
 
     A family or variant that cannot be rendered is an `InputError`.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"no prediction {prediction!r}", fix="epsilon or v")
-    family = detection.family or _nearest_family(detection)
+    family = _family_id(detection)
     facts = family_facts(family)
     variant = detection.variant or "base"
     if variant not in CHANNELS:
@@ -178,12 +174,13 @@ def draft(
             fix=f"a {', '.join(CHANNELS)} model can be rendered",
         )
     shapes = shapes_of(key_map(family), specs)
+    shapes["vae"] = dict(vae or shapes.get("vae", {}))
     config = config or _shipped_folder(facts, shapes)
     resolution = load_families()[family].resolution(variant, detection.prediction)
     derived = {
         "unet": unet_config(shapes.get("unet", {}), facts.unet, _text_width(shapes))
         | {"sample_size": int(resolution.partition("x")[0]) // 8},
-        "vae": vae_config(shapes.get("vae", {}), facts.vae),
+        "vae": vae_config(shapes["vae"], facts.vae),
     }
     for name, text in facts.text_encoders.items():
         derived[name] = text_config(shapes.get(name, {}), text)
@@ -204,10 +201,12 @@ def draft(
     )
 
 
-def _nearest_family(detection: Detection) -> str:
-    """The family that a damaged file nearly is: what it lacks is said by the loader."""
+def _family_id(detection: Detection) -> str:
+    """The file's family; of a damaged file the nearest: the loader says what it lacks."""
+    if detection.kind == "checkpoint" and detection.family:
+        return detection.family
     near = [reject for reject in detection.rejected if reject.family in family_ids()]
-    if detection.kind in ("unknown", "checkpoint") and near:
+    if detection.kind == "unknown" and near:
         return near[0].family
     raise InputError(
         "not a checkpoint that pictures can be made with: "
@@ -246,7 +245,7 @@ def _prediction(
     """What the model predicts, and who says so: argument, file, folder, family, in this order."""
     if argument:
         return argument, "argument"
-    family = load_families()[detection.family or _nearest_family(detection)]
+    family = load_families()[_family_id(detection)]
     variant = family.variants.get(detection.variant or "")
     usual = (variant.usual_prediction if variant else None) or family.usual_prediction
     is_marked = any(marker in specs for marker in family.prediction_markers)

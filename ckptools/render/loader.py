@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,8 @@ class Slot:
 Slots = Mapping[str, tuple[Slot, ...]]
 # diffusers' usual name → the module's own name, and the shape
 Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
+# component and diffusers' name → the tensors that claim to be it
+_Taken = Mapping[tuple[str, str], list[tuple[TensorSpec, Piece]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +150,21 @@ def load_modules(
         if config is None and checkpoint.path.is_dir():
             config = checkpoint.path
         detection = detect(checkpoint, checkpoint.metadata)
-        blueprint = draft(checkpoint, detection, config=config, prediction=prediction)
-        keys = key_map(blueprint.family)
+        keys = key_map("sd1")  # all VAEs have the same names
+        vae_names = _part_names(vae_checkpoint, keys, "vae") if vae_checkpoint is not None else None
+        blueprint = draft(
+            checkpoint,
+            detection,
+            config=config,
+            vae=_shapes(vae_checkpoint, vae_names, "vae") if vae_names else None,
+            prediction=prediction,
+        )
         modules = build_modules(blueprint)
-        own = {name: module for name, module in modules.items() if not (vae and name == "vae")}
-        parts = [(checkpoint, fit(checkpoint, own, Names(keys)))]
-        if vae_checkpoint is not None:
+        own = {name: m for name, m in modules.items() if not (vae_names and name == "vae")}
+        parts = [(checkpoint, fit(checkpoint, own, Names(key_map(blueprint.family))))]
+        if vae_names:
             part = {"vae": modules["vae"]}
-            parts.append(
-                (
-                    vae_checkpoint,
-                    fit(vae_checkpoint, part, _part_names(vae_checkpoint, keys, "vae")),
-                )
-            )
+            parts.append((vae_checkpoint, fit(vae_checkpoint, part, vae_names)))
         text_encoders = _text_encoders(blueprint, modules)
         homes = _homes(modules, choose_device(device), dtype)
         for name, module in modules.items():
@@ -199,11 +203,7 @@ def load_controlnet(
         if detection.kind != "controlnet":
             raise InputError(f"a {detection.kind}, not a ControlNet", where=str(checkpoint.path))
         names = _part_names(checkpoint, key_map("_controlnet"), "controlnet")
-        shapes = {
-            piece.name: piece.shape
-            for spec in checkpoint.values()
-            for piece in _without_error(names, spec)
-        }
+        shapes = _shapes(checkpoint, names, "controlnet")
         _check_fits_unet(shapes, pipeline)
         keys = control_config(shapes, family_facts(family).unet, 0)
         keys |= _shared_keys(pipeline.blueprint.components["unet"], keys)
@@ -365,11 +365,17 @@ def _part_names(checkpoint: Checkpoint, keys: KeyMap, component: str) -> Names:
     return Names(keys, component, None if is_theirs else family_of(detection))
 
 
-def _without_error(names: Names, spec: TensorSpec) -> tuple[Piece, ...]:
-    try:
-        return names.pieces(spec) or ()
-    except InputError:  # rows that cannot be shared out; `fit` says so
-        return ()
+def _shapes(
+    specs: Mapping[str, TensorSpec], names: Names, component: str
+) -> dict[str, tuple[int, ...]]:
+    """diffusers' name → shape of one component; rows that cannot be shared out are left out."""
+    found = {}
+    for spec in specs.values():
+        with suppress(InputError):
+            for piece in names.pieces(spec) or ():
+                if piece.component == component:
+                    found[piece.name] = piece.shape
+    return found
 
 
 def fit(specs: Mapping[str, TensorSpec], modules: Mapping[str, Any], names: Names) -> Fitted:
@@ -423,7 +429,7 @@ def _wanted(component: str, module: Any) -> dict[str, tuple[str, tuple[int, ...]
 def _judge(
     component: str,
     tensors: Wanted,
-    taken: Mapping[tuple[str, str], list[tuple[TensorSpec, Piece]]],
+    taken: _Taken,
     names: Names,
     errors: dict[str, CkptError],
 ) -> None:
@@ -434,23 +440,32 @@ def _judge(
             fix="give a whole model" + (", or a VAE beside it" if component == "vae" else ""),
         )
         return
-    called = names.in_file(component, tensors)
-    for name, (_, shape) in tensors.items():
+    bad = [
+        name for name, (_, shape) in tensors.items() if not _is_good(taken, component, name, shape)
+    ]
+    called = names.in_file(component, tensors) if bad else {}
+    for name in bad:
+        where, whole = called.get(name, (name, tensors[name][1]))
         found = taken.get((component, name), [])
-        where, whole = called.get(name, (name, shape))
         if not found and where not in errors:
             errors[where] = InputError(f"is missing; {component} wants {list(whole)}", where=where)
-        for spec, piece in found:
-            if not spec.is_float:
-                errors[spec.name] = InputError(f"is {spec.dtype}, not a float", where=spec.name)
-            elif piece.shape != shape and piece.part is None:
-                errors[spec.name] = InputError(
-                    f"is {list(spec.shape)}; {component} wants {list(whole)}", where=spec.name
-                )
-        if len(found) > 1 and found[0][1].part is None:
-            errors[found[1][0].name] = InputError(
-                f"is the same tensor as {found[0][0].name!r}", where=found[1][0].name
+        elif len(found) > 1:
+            first, second = (spec.name for spec, _ in found[:2])
+            errors[second] = InputError(f"is the same tensor as {first!r}", where=second)
+        elif found:
+            spec = found[0][0]
+            errors[spec.name] = InputError(
+                f"is {list(spec.shape)}; {component} wants {list(whole)}"
+                if spec.is_float
+                else f"is {spec.dtype}, not a float",
+                where=spec.name,
             )
+
+
+def _is_good(taken: _Taken, component: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether exactly one tensor of floats holds what a module wants, in its shape."""
+    found = taken.get((component, name), [])
+    return len(found) == 1 and found[0][0].is_float and found[0][1].shape == shape
 
 
 def _raise_some(errors: list[CkptError]) -> None:

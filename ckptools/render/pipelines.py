@@ -22,7 +22,7 @@ from ckptools.errors import UsageError
 from ckptools.render.configs import CHANNELS
 from ckptools.render.loader import ControlNet, Pipeline, free_memory_bytes, load_modules
 from ckptools.render.prompts import Conditioning, encode
-from ckptools.render.samplers import find_sampler, make_scheduler
+from ckptools.render.samplers import find_sampler, make_scheduler, set_steps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -307,13 +307,13 @@ def _prepare(
     side = pipeline.pixels_per_latent
     shape = (1, 4, size[1] // side, size[0] // side)
     noise = torch.randn(shape, generator=generator).to(pipeline.device)
-    scheduler.set_timesteps(request.steps, device=pipeline.device)
-    moments, latents, known, extra, keep = scheduler.timesteps, None, noise, None, None
+    moments = set_steps(scheduler, request.steps, pipeline.device)
+    latents, known, extra, keep = None, noise, None, None
     if request.image is not None and task in ("img2img", "inpaint"):
         known = encode_image(pipeline, request.image)
         count = min(int(request.steps * request.strength), request.steps) or 1
         first = (request.steps - count) * getattr(scheduler, "order", 1)
-        moments = scheduler.timesteps[first:]
+        moments = moments[first:]
         if first:
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(first)

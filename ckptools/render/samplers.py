@@ -6,7 +6,9 @@ Source of the correspondence: diffusers 0.42 documentation, api/schedulers/overv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -90,11 +92,27 @@ def make_scheduler(
         **row.options,
     }
     try:
-        return kind(**{key: value for key, value in keys.items() if key in known})
+        with _in_silence():
+            return kind(**{key: value for key, value in keys.items() if key in known})
     except ImportError as exc:  # diffusers' stand-in for a class whose needs are not installed
         raise UsageError(
             f"{row.name} needs SciPy", fix="pip install scipy, or take another sampler"
         ) from exc
+
+
+def set_steps(scheduler: Any, steps: int, device: Any) -> Any:
+    """Tell a scheduler its number of steps; its timesteps."""
+    with _in_silence():
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler.timesteps
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """diffusers' schedulers give torch's tensors to NumPy 2 in a way that is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def find_sampler(name: str) -> Sampler:

@@ -577,3 +577,55 @@ def test_public_sd2_gets_clips_words(tmp_path: Path) -> None:
         49408, 49407, 1125,
     )  # fmt: skip
     assert json.loads((folder / "special_tokens_map.json").read_text())["pad_token"] == "!"
+
+
+# --- pickles -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
+    """A pickle whose fused projections lie in memory column by column."""
+    values = model_values(shrunk("sdxl", 64), seed=11)
+    stored = {
+        name: tensor.T.contiguous().T if "attn.in_proj_weight" in name else tensor
+        for name, tensor in values.items()
+    }
+    path = tmp_path_factory.mktemp("sdxl") / "A.ckpt"
+    torch.save({"state_dict": stored, "global_step": 5}, path)
+    return path, values
+
+
+def test_a_pickle_becomes_a_file_and_a_folder(sdxl: tuple[Path, Tensors], tmp_path: Path) -> None:
+    source, values = sdxl
+    convert(Request(source, tmp_path / "A.safetensors"))
+    convert(Request(source, tmp_path / "folder"))
+    convert(Request(tmp_path / "folder", tmp_path / "B.safetensors"))
+
+    assert_same(load_file(tmp_path / "A.safetensors"), values)
+    assert_same(load_file(tmp_path / "B.safetensors"), values)
+
+
+def test_a_folder_of_pickles_becomes_a_file(sdxl: tuple[Path, Tensors], tmp_path: Path) -> None:
+    source, values = sdxl
+    folder = tmp_path / "folder"
+    convert(Request(source, folder))
+    for path in list(folder.glob("*/*.safetensors")):
+        stem = "pytorch_model" if path.stem == "model" else path.stem
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
+        path.unlink()
+
+    convert(Request(folder, tmp_path / "B.safetensors"))
+
+    assert_same(load_file(tmp_path / "B.safetensors"), values)
+
+
+def test_the_terminal_hears_of_warnings_and_of_what_is_left_out(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", str(trained), str(tmp_path / "folder"), "--prune"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert run(["convert", str(tmp_path / "folder"), str(tmp_path / "B.safetensors")]) == 0
+
+    assert "left out, EMA weights: 688 tensors (model_ema." in text
+    assert "warning: vae has no weights" in capsys.readouterr().err

@@ -323,7 +323,7 @@ def _rows(checkpoint: Checkpoint, family: Family, glob: str) -> tuple[TensorRow,
         if matches(name):
             usual = family.canonical_name(name)
             rows.append(
-                TensorRow(checkpoint[name], family.component_of(usual), family.block_of(usual))
+                TensorRow(checkpoint[name], _component_of(family, usual), family.block_of(usual))
             )
     if not rows and glob:
         raise UsageError(
@@ -438,10 +438,10 @@ def _components(
     """Every component that is there or that whole models have, in the family's order."""
     present: dict[str, dict[str, str]] = {}
     for name, usual in canonical.items():
-        present.setdefault(family.component_of(usual), {})[usual] = name
+        present.setdefault(_component_of(family, usual), {})[usual] = name
     wanted: dict[str, dict[str, Known]] = {}
     for usual, one in known.items():
-        wanted.setdefault(family.component_of(usual), {})[usual] = one
+        wanted.setdefault(_component_of(family, usual), {})[usual] = one
     if any(name.startswith(_EMA) for name in canonical) and "ema" in present:
         wanted["ema"] = _ema_of(wanted.get("unet", {}))
     order = [*family.components, "other"]
@@ -452,6 +452,13 @@ def _components(
         for component in order
         if component in present or (component in wanted and _is_expected(component))
     }
+
+
+def _component_of(family: Family, name: str) -> str:
+    """The component of a tensor; a file that is one component by itself has no other."""
+    if family.kind != "checkpoint" and len(family.components) == 1:
+        return next(iter(family.components))
+    return family.component_of(name)
 
 
 def _is_expected(component: str) -> bool:
@@ -520,9 +527,11 @@ def _misshapen(
     is_same_width = same > _SAME_WIDTH * len(shared)
     found = []
     for name in shared:
-        shape, usual = checkpoint[present[name]].shape, wanted[name].shape
+        spec = checkpoint[present[name]]
+        shape, usual = spec.shape, wanted[name].shape
         differs = shape != usual if is_same_width else len(shape) != len(usual)
-        if differs and not name.endswith("position_ids"):  # [77] and [1, 77] are both in use
+        # no float: quantised weights are packed, and position_ids are [77] or [1, 77]
+        if differs and spec.is_float and not name.endswith("position_ids"):
             found.append(Misshapen(present[name], shape, usual))
     return tuple(sorted(found, key=lambda one: one.name))
 
@@ -632,7 +641,8 @@ def _vectors(checkpoint: Checkpoint) -> tuple[Vectors, ...]:
 
 def _manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest beside a file; None where there is none."""
-    path = checkpoint.path.with_name(checkpoint.path.name + MANIFEST_SUFFIX)
+    path = checkpoint.path.absolute()  # "." has no name
+    path = path.with_name(path.name + MANIFEST_SUFFIX)
     if not path.is_file():
         return None
     try:

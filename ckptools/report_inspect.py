@@ -178,7 +178,9 @@ def _manifest_json(one: Manifest) -> dict[str, object]:
 def show_inspect(found: Inspection) -> None:
     """What the file is, its components, what speaks for it, and where it comes from."""
     parts = f" in {found.files} files" if found.files > 1 else ""
-    show_line(f"{found.path.name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors{parts}")
+    show_line(
+        f"{found.path.absolute().name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors{parts}"
+    )
     show_line(f"  what:       {what(found)}")
     if found.prediction:
         show_line(f"  prediction: {found.prediction}")

@@ -126,7 +126,7 @@ _NAMED: frozenset[Name] = frozenset({
     ("lightning.pytorch.callbacks.early_stopping", "EarlyStopping"),
     ("typing", "Any"),
     *((module, name) for module in ("builtins", "__builtin__")
-      for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),
+      for name in ("int", "long", "float", "bool", "str", "unicode", "list", "dict", "tuple")),
 })  # fmt: skip
 # Constructors of tensors that safetensors cannot hold; an error only where one is wanted.
 _UNREAD: Mapping[Name, str] = {
@@ -630,9 +630,17 @@ class _Machine:
         target.extend(items)
 
     def persistent(self) -> None:
-        """BINPERSID: ("storage", type, key, location, numel[, None or (key, offset, numel)])."""
+        """BINPERSID: ("storage", type, key, location, numel[, None or (key, offset, numel)]).
+
+        Or, in the legacy format, ("module", class, source file, source) for a class of torch.nn.
+        """
         saved = self.pop()
-        if not isinstance(saved, tuple) or len(saved) not in (5, 6) or saved[0] != "storage":
+        if not isinstance(saved, tuple) or not saved:
+            raise _HostileError("has a persistent id that is not a storage")
+        if saved[0] == "module" and len(saved) == 4 and isinstance(saved[1], _Global):
+            self.push(saved[1])
+            return
+        if saved[0] != "storage" or len(saved) not in (5, 6):
             raise _HostileError("has a persistent id that is not a storage")
         _, kind, key, _location, numel, *view = saved
         if not isinstance(kind, _Global) or not _is_storage(kind.name):

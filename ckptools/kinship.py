@@ -197,7 +197,7 @@ def _relate(a: _Model, b: _Model, threads: int, progress: Progress) -> Relation:
         words = [one.detection.family or one.detection.kind for one in (a, b)]
         return Relation(a.path, b.path, "other-family", f"{words[0]} and {words[1]}")
     common = [name for name in a.own if name in b.own]
-    most = max(len(a.own), len(b.own), 1)
+    most = max(len(a.own), len(b.own))
     if len(common) < _LEAST_COMMON * most:
         reason = f"only {len(common):,} of {most:,} matrices have the same name"
         return Relation(a.path, b.path, "other-family", reason)
@@ -392,13 +392,12 @@ def _suits(
 
 
 def _was_trained_on(told: Mapping[str, str], model: Path) -> bool:
-    """Whether the metadata holds this model's sha256, or (older trainers) its AutoV1.
+    """Whether the metadata holds this model's sha256.
 
-    Source: kohya-ss/sd-scripts, `train_network.py`: `ss_new_sd_model_hash`, `ss_sd_model_hash`.
+    `ss_sd_model_hash` does not count: it is AutoV1, which fine-tunes often share with their base,
+    since it sees 64 KiB only. Source: kohya-ss/sd-scripts, `train_network.py`.
     """
-    wanted = {told.get(key, "").lower() for key in ("ss_new_sd_model_hash", "ss_sd_model_hash")}
-    wanted.discard("")
+    wanted = told.get("ss_new_sd_model_hash", "").lower()
     if not wanted or not model.is_file():
         return False
-    (file,) = hash_source(model).files
-    return bool(wanted & ({file.sha256} | ({file.autov1} if file.nbytes > 0x100000 else set())))
+    return hash_source(model).files[0].sha256 == wanted

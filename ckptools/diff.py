@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ckptools.measure import Gram, Pair, Row
 
+_SPELT = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
 _SAMPLE = 12  # tensors of the low-rank test
 _SKETCH = 144  # columns of its random projection: ranks up to about 128 are seen
 _EPSILON = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24, "F64": 2.0**-53}
@@ -319,7 +320,7 @@ def _in_words(found: Difference) -> tuple[str, list[str]]:
 
 
 def _listed(words: Iterable[str]) -> str:
-    shown = [word.replace("_", " ") for word in words]
+    shown = [_SPELT.get(word, word.replace("_", " ")) for word in words]
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
 
 

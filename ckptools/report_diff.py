@@ -97,8 +97,8 @@ def show_diff(found: Difference, *, top: int) -> None:
         unchanged = [name for name in found.groups if name not in changed]
         if unchanged:
             show_line(f"unchanged: {' '.join(unchanged)}")
-        if names := most_changed(found)[:top]:
-            _show_pairs("tensor", {name: found.pairs[name] for name in names})
+        if most := most_changed(found)[:top]:
+            _show_pairs("tensor", {name: found.pairs[name] for name in most})
     _show_fits(found)
     counted = f"{found.changed:,} of {found.tensors:,} shared tensors differ"
     if found.has_values:
@@ -182,13 +182,19 @@ def _tensor_json(found: Difference, name: str, pair: Pair) -> dict[str, object]:
     return {
         "name": name,
         "kind": kind_of(name),
-        "place": found.family.block_of(name) or found.family.component_of(name),
+        "place": _place(found, name),
         "what": str(a) if (a.dtype, a.shape) == (b.dtype, b.shape) else _both(a, b),
         "changed": pair.changed,
         "squares": _number(pair.sum_squares) or 0,
         "norm": _number(pair.a_squares) or 0,
         **_pair_json(pair),
     }
+
+
+def _place(found: Difference, name: str) -> str:
+    """The block; the component where blocks do not tell components apart (BASE)."""
+    block = found.family.block_of(name)
+    return block if block not in ("", "BASE") else found.family.component_of(name)
 
 
 def _both(a: TensorSpec, b: TensorSpec) -> str:

@@ -3,16 +3,17 @@
 Everything known about a family stands in `families/<id>.yaml`; this module holds the language of
 those files and no model's name. A new family is a new file.
 
-    id, title, kind   kind: checkpoint, lora, embedding, controlnet, vae, text_encoder
+    id, title, kind   kind: one of `KINDS`
     extends           another file whose top-level keys hold where this one is silent
     marks             facts that must all hold for a file to be of this family. The first says
                       whether a file is near at all; the first that fails is the reason given
+    diffusers         the marks of the same model in diffusers' names: these or `marks` must hold
     notes             marks that decide nothing and are only told
     variants          id → architecture (ModelSpec 1.0.1), resolution, marks; the first that holds
     variant_needed    no variant, no match
     layouts           id → marks; the first that holds
     components        name → prefixes of tensor names; the longest prefix decides, else "other"
-    renames           other spellings of a prefix → the spelling used everywhere else
+    renames           other spellings of a prefix → the spelling used everywhere else, in marks too
     blocks            order, of (prefix → block, first match), compat (name → rules tried before)
     protected         patterns of tensors that are carried, whatever a formula says
     input_tensors     the tensors whose dim 1 counts the input channels
@@ -52,8 +53,11 @@ from ckptools.tensors import TensorSpec
 Ask = Literal["any", "none", "each", "numbered", "most"]
 
 # In the order they are tried: adapters may repeat any model's names, parts lack what wholes have.
-KINDS = ("lora", "embedding", "checkpoint", "controlnet", "vae", "text_encoder")
-_WEIGHT_KINDS = frozenset({"checkpoint", "controlnet", "vae", "text_encoder"})
+KINDS = (
+    *("lora", "embedding", "hypernetwork", "ip_adapter", "t2i_adapter", "motion_module"),
+    *("checkpoint", "controlnet", "vae", "text_encoder", "language_model"),
+)
+_KINDS_WITHOUT_FAMILY = frozenset({"lora", "embedding"})
 _MOST_REJECTED = 3
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 _FOLDER = Path(__file__).parent / "families"
@@ -121,6 +125,7 @@ class Family:
     title: str
     kind: str
     marks: tuple[Mark, ...] = ()
+    diffusers_marks: tuple[Mark, ...] = ()
     notes: tuple[Mark, ...] = ()
     variants: Mapping[str, Variant] = field(default_factory=dict)
     variant_needed: bool = False
@@ -236,7 +241,7 @@ class Rejection:
 class Detection:
     """What a file is, and why.
 
-    kind        checkpoint, lora, embedding, controlnet, vae, text_encoder or unknown
+    kind        one of `KINDS`, or unknown
     family      key of `load_families()`; None for adapters, embeddings and unknown files
     variant     key of the family's variants; None where the deciding tensor is missing or new
     layout      ldm, diffusers, kohya, peft …; None for unknown files
@@ -270,10 +275,13 @@ def detect(
     names = _Names(specs)
     for kind in KINDS:
         for family in _families_of_kind(kind):
-            if _all_hold(family.marks, names, family.id):
-                variant = _variant_of(family, names)
-                if variant is not None or not family.variant_needed:
-                    return _detection(family, variant, names, metadata)
+            usual = _usual_names(family, names)
+            marks = next((m for m in _mark_sets(family) if _all_hold(m, usual, family.id)), None)
+            if marks is None:
+                continue
+            variant = _variant_of(family, usual)
+            if variant is not None or not family.variant_needed:
+                return _detection(family, marks, variant, names, metadata)
     return Detection(
         kind="unknown",
         family=None,
@@ -289,25 +297,45 @@ def _families_of_kind(kind: str) -> list[Family]:
     return [family for family in load_families().values() if family.kind == kind]
 
 
+def _mark_sets(family: Family) -> tuple[tuple[Mark, ...], ...]:
+    """The marks by which a family is known: its makers' names, and diffusers'."""
+    return (family.marks, family.diffusers_marks) if family.diffusers_marks else (family.marks,)
+
+
+def _usual_names(family: Family, names: _Names) -> _Names:
+    """The names as the family's marks have them; the same object where none is spelt otherwise."""
+    if not any(names.has_prefix(other) for other in family.renames):
+        return names
+    return names.renamed(family)
+
+
 def _detection(
-    family: Family, variant: Variant | None, names: _Names, metadata: Mapping[str, str]
+    family: Family,
+    marks: tuple[Mark, ...],
+    variant: Variant | None,
+    names: _Names,
+    metadata: Mapping[str, str],
 ) -> Detection:
-    findings = [_judge(mark, names, family.id) for mark in (*family.marks, *family.notes)]
+    usual = _usual_names(family, names)
+    findings = [_judge(mark, usual, family.id) for mark in marks]
+    findings += [_judge(mark, names, family.id) for mark in family.notes]
     evidence = [finding.words for finding in findings if finding.holds and finding.words]
     if variant is not None:
-        evidence += [_judge(mark, names, family.id).words for mark in variant.marks]
+        told = [_judge(mark, usual, family.id).words for mark in variant.marks]
+        evidence += [words for words in told if words and words not in evidence]
     elif family.variants:
-        evidence.append(_no_variant_in_words(family, names))
+        evidence.append(_no_variant_in_words(family, usual))
     prediction, why = _prediction_of(family, variant, names, metadata)
-    is_weights = family.kind in _WEIGHT_KINDS
+    has_family = family.kind not in _KINDS_WITHOUT_FAMILY
+    is_diffusers = bool(family.diffusers_marks) and marks is family.diffusers_marks
     return Detection(
         kind=family.kind,
-        family=family.id if is_weights else None,
+        family=family.id if has_family else None,
         variant=variant.id if variant else None,
-        layout=_layout_of(family, names),
+        layout="diffusers" if is_diffusers else _layout_of(family, names),
         prediction=prediction,
         evidence=(*evidence, *why),
-        rejected=_nearest_rejected(names, family) if is_weights else (),
+        rejected=_nearest_rejected(names, family) if has_family else (),
     )
 
 
@@ -357,14 +385,30 @@ def _prediction_of(
 
 
 def _nearest_rejected(names: _Names, found: Family) -> tuple[Rejection, ...]:
-    """The whole models whose first mark finds something, those with the fewest failures first."""
+    """The families whose first mark finds something, those with the fewest failures first.
+
+    Where a family is found, only others of its kind are worth a word.
+    """
     near = []
-    for family in _families_of_kind("checkpoint"):
-        findings = [_judge(mark, names, family.id) for mark in family.marks]
-        failed = [finding.words for finding in findings if not finding.holds]
-        if family is not found and failed and findings[0].is_positive:
-            near.append((len(failed), family.id, failed[0]))
-    return tuple(Rejection(family, why) for _, family, why in sorted(near)[:_MOST_REJECTED])
+    for family in load_families().values():
+        if family is found or family.kind in _KINDS_WITHOUT_FAMILY:
+            continue
+        if found is not UNKNOWN and family.kind != found.kind:
+            continue
+        usual = _usual_names(family, names)
+        for marks in _mark_sets(family):
+            findings = [_judge(mark, usual, family.id) for mark in marks]
+            failed = [finding.words for finding in findings if not finding.holds]
+            if failed and findings[0].is_positive:
+                near.append((len(failed) / len(findings), family.id, failed[0]))
+    return _each_once(Rejection(family, why) for _, family, why in sorted(near))[:_MOST_REJECTED]
+
+
+def _each_once(rejections: Iterable[Rejection]) -> tuple[Rejection, ...]:
+    first: dict[str, Rejection] = {}
+    for rejection in rejections:
+        first.setdefault(rejection.family, rejection)
+    return tuple(first.values())
 
 
 def _groups_in_words(specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
@@ -397,6 +441,7 @@ class _Names:
         self._sorted = sorted(specs)
         self._joined = "\n".join(self._sorted)  # one fast look says that a pattern fits nothing
         self._found: dict[str, list[str]] = {}
+        self._usual: dict[tuple[tuple[str, str], ...], _Names] = {}
         self._spans: dict[str, list[str]] = {}
 
     def find(self, pattern: str) -> list[str]:
@@ -408,6 +453,19 @@ class _Names:
     def find_any(self, patterns: Iterable[str]) -> list[str]:
         """The names that fit one of the patterns, each once."""
         return list(dict.fromkeys(name for pattern in patterns for name in self.find(pattern)))
+
+    def renamed(self, family: Family) -> _Names:
+        """The names as the family calls them; made once for all families that agree."""
+        key = tuple(family.renames.items())
+        if key not in self._usual:
+            usual = family.canonical_name
+            self._usual[key] = _Names({usual(name): spec for name, spec in self.specs.items()})
+        return self._usual[key]
+
+    def has_prefix(self, prefix: str) -> bool:
+        """Whether a name begins so."""
+        start = bisect_left(self._sorted, prefix)
+        return start < len(self._sorted) and self._sorted[start].startswith(prefix)
 
     def highest(self, prefix: str) -> int:
         """The highest number at the "#" of the prefix; -1 where there is none."""
@@ -561,12 +619,17 @@ def read_families(folder: Path) -> Mapping[str, Family]:
         if stem.startswith("_"):
             continue
         try:
-            base = raw[str(data["extends"])] if "extends" in data else {}
-            family = _family({**base, **data})
+            family = _family(_with_base(raw, data))
         except (KeyError, TypeError, ValueError) as exc:
             raise InputError(f"not a family: {exc}", where=f"{stem}.yaml") from exc
         families[family.id] = family
     return MappingProxyType(families)
+
+
+def _with_base(raw: Mapping[str, dict[str, object]], data: dict[str, object]) -> dict[str, object]:
+    if "extends" not in data:
+        return data
+    return {**_with_base(raw, raw[str(data["extends"])]), **data}
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
@@ -582,11 +645,10 @@ def _read_yaml(path: Path) -> dict[str, object]:
     return data
 
 
-# `diffusers` and `render` belong to the modules that convert and render.
 _FAMILY_KEYS = (
-    *("extends", "id", "title", "kind", "marks", "notes", "variants", "variant_needed", "layouts"),
+    *("extends", "id", "title", "kind", "marks", "diffusers", "notes"),
+    *("variants", "variant_needed", "layouts"),
     *("components", "renames", "blocks", "protected", "input_tensors", "prediction"),
-    *("diffusers", "render"),
 )
 
 
@@ -606,6 +668,7 @@ def _family(data: dict[str, object]) -> Family:
         title=str(data["title"]),
         kind=kind,
         marks=_marks(data["marks"]),
+        diffusers_marks=_marks(data.get("diffusers")),
         notes=_marks(data.get("notes")),
         variants=MappingProxyType({key: _variant(key, variants[key]) for key in variants}),
         variant_needed=data.get("variant_needed") is True,

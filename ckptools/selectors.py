@@ -139,7 +139,8 @@ def _count_fix(count: int, family: Family) -> str:
     order = _ranges_in_words(family.blocks)
     if count == len(family.blocks) - 1:
         return f"put the number for BASE in front: {order}"
-    others = [f.id for f in load_families().values() if f.blocks and len(f.blocks) == count]
+    ids = [f.id for f in load_families().values() if f.blocks and len(f.blocks) == count]
+    others = sorted(ids, key=lambda id_: (len(id_), id_))  # the models most people have come first
     if others:
         return f"{count} is the count of {', '.join(others)}; {family.id} has {order}"
     return f"give one number for each of {order}"

@@ -272,8 +272,8 @@ def test_mbw_numbers_are_base_in_middle_out(layout: str, count: int) -> None:
     [
         ("sd1", 25, "put the number for BASE in front: BASE IN00-IN11 M00 OUT00-OUT11"),
         ("sdxl", 19, "put the number for BASE in front: BASE IN00-IN08 M00 OUT00-OUT08"),
-        ("sdxl", 26, "26 is the count of sd1, sd2, sdxl-refiner; sdxl has BASE IN00-IN08"),
-        ("sd1", 20, "20 is the count of sdxl; sd1 has BASE IN00-IN11"),
+        ("sdxl", 26, "26 is the count of sd1, sd2, svd, sd1-image, "),
+        ("sd1", 20, "20 is the count of sdxl, ssd-1b, segmind-vega; sd1 has BASE IN00-IN11"),
         ("sd1", 7, "give one number for each of BASE IN00-IN11 M00 OUT00-OUT11"),
     ],
 )

@@ -522,9 +522,8 @@ def families_json(families: Mapping[str, Family]) -> list[dict[str, object]]:
 
 def show_families(families: Mapping[str, Family]) -> None:
     """A table of what can be recognised."""
-    table = _table("family", "what", "kind", "variants", "components", "blocks", numbers=(5,),
-                   wide=(3, 4))  # fmt: skip
+    table = _table("family", "what", "kind", "variants", "blocks", numbers=(4,), wide=(3,))
     for family in families.values():
         _row(table, family.id, family.title, family.kind, " ".join(family.variants),
-             " ".join(family.components), str(len(family.blocks) or "·"))  # fmt: skip
+             str(len(family.blocks) or "·"))  # fmt: skip
     _show_table(table)

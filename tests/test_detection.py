@@ -423,7 +423,7 @@ IF = {
     "only_cross_attention": False, "out_channels": 6,
 }  # fmt: skip
 HUNYUAN = {"num_layers": 40, "in_channels": 4, "attention_head_dim": 88, "hidden_size": 1408,
-           "sample_size": 128, "pooled_projection_dim": 1024, "text_len": 77, "mlp_ratio": 4.4}  # fmt: skip
+           "sample_size": 128, "pooled_projection_dim": 1024, "mlp_ratio": 4.4}  # fmt: skip
 PIXART = {"num_layers": 28, "sample_size": 128, "caption_channels": 4096}
 LANGUAGE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip

@@ -536,7 +536,7 @@ def test_closing_closes_every_descriptor_and_keeps_the_specs(
     with open_checkpoint(path) as opened:
         opened.read("bytes")
 
-    assert len(opened_numbers) == 2  # for the header, and for the values
+    assert len(opened_numbers) == 3  # to tell what it is, for the header, for the values
     assert opened.keys() == expected.keys()
     for number in set(opened_numbers):
         with pytest.raises(OSError, match="Bad file descriptor"):

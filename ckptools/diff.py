@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ckptools.measure import Gram, Pair, Row
 
 _SPELT = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
+_LARGEST = 1 << 19  # elements of a sampled matrix: 640 x 768; larger ones take seconds
+_FIRST = 3  # where none of the first is of low rank, no more are looked at
 _SAMPLE = 12  # tensors of the low-rank test
 _SKETCH = 144  # columns of its random projection: ranks up to about 128 are seen
 _EPSILON = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24, "F64": 2.0**-53}
@@ -423,22 +425,26 @@ def _low_rank(found: Difference) -> LowRank | None:
         and name not in reshaped
         and len(spec := found.a.spec(name).shape) >= 2
         and min(spec[0], math.prod(spec[1:])) >= 8
-        and math.prod(spec) <= 1 << 24
         and found.a.spec(name).is_float
     )
-    if not changed:
+    looked = [name for name in changed if found.a.spec(name).numel <= _LARGEST]
+    if not looked:
         return None
     random = np.random.default_rng(0)
-    chosen = sorted(random.choice(len(changed), min(_SAMPLE, len(changed)), replace=False))
+    chosen = random.permutation(len(looked))[:_SAMPLE]
     ranks: list[int] = []
+    sampled = 0
     for number in chosen:
-        rank = _rank(found, changed[number])
+        rank = _rank(found, looked[number])
+        sampled += 1
         if rank is not None:
             ranks.append(rank)
+        if sampled == _FIRST and not ranks:
+            break
     kinds = dict.fromkeys("attention" if (k := kind_of(n)).startswith("attention") else k
                           for n in changed)  # fmt: skip
     middle = sorted(ranks)[len(ranks) // 2] if ranks else 0
-    return LowRank(len(changed), len(chosen), len(ranks), middle, tuple(kinds))
+    return LowRank(len(changed), sampled, len(ranks), middle, tuple(kinds))
 
 
 def _rank(found: Difference, name: str) -> int | None:

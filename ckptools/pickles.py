@@ -11,8 +11,8 @@ When a file is refused, the exit code says why:
 * `UnsafeError` (3): made to do something to whoever opens it. Code (a global outside the table, a
   call of what is no constructor, TorchScript), two readings of one file (duplicate or overlapping
   zip entries, headers that disagree, members nobody writes), or exhaustion (the budgets below).
-* `InvalidFileError` (2): damaged, or of a kind that is not read (tar, compressed, big-endian,
-  quantised, whole modules' tensors out of bounds).
+* `InvalidFileError` (2): damaged (cut, or tensors beyond their storage), or of a kind that is not
+  read (tar, compressed, big-endian, quantised).
 
 Sources: the pickle opcodes of CPython 3.13, `Lib/pickletools.py`; torch 2.13, `serialization.py`
 (`_save`, `_legacy_save`, `persistent_load`), `_utils.py` (`_rebuild_*`) and

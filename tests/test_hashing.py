@@ -609,3 +609,40 @@ def test_people_see_every_hash_and_what_is_wrong(
 def test_a_missing_file_exits_with_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["hash", str(tmp_path / "none"), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "input"
+
+
+# --- other formats -------------------------------------------------------------------------------
+
+
+def test_a_pickle_and_a_folder_hold_the_same_components(
+    tmp_path: Path, model: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    """Views that share or transpose their values are read after the stream."""
+    _, tensors = model
+    square = next(n for n, t in tensors.items() if t.ndim == 2 and t.shape[0] == t.shape[1] > 1)
+    changed = tensors | {square: tensors[square].T, "twice": tensors[square]}
+    ckpt = tmp_path / "m.ckpt"
+    torch.save({"state_dict": changed}, ckpt)
+    plain = write_tensors(
+        tmp_path / "p.safetensors", {n: t.contiguous().clone() for n, t in changed.items()}
+    )
+
+    one, two = (hash_source(item, use_cache=False) for item in (ckpt, plain))
+
+    assert one.components == two.components
+    assert one.content == two.content
+    assert one.modelspec is None
+    assert one.files[0].sha256 == sha256(ckpt.read_bytes())
+
+
+def test_a_diffusers_folder_hashes_like_the_single_file_it_was(tmp_path: Path) -> None:
+    single = tmp_path / "s.safetensors"
+    write_model(single, shrunk("sd2"), seed=3)
+    folder = tmp_path / "folder"
+    assert run(["convert", str(single), str(folder), "-q"]) == 0
+
+    one, two = (hash_source(item) for item in (single, folder))
+
+    assert len(two.files) > 1
+    assert one.components["unet"] == two.components["unet"]
+    assert one.components["vae"] == two.components["vae"]

@@ -422,8 +422,10 @@ IF = {
     "layers_per_block": 3, "resnet_time_scale_shift": "scale_shift", "act_fn": "gelu",
     "only_cross_attention": False, "out_channels": 6,
 }  # fmt: skip
-HUNYUAN = {"num_layers": 40, "in_channels": 4, "attention_head_dim": 88, "hidden_size": 1408,
-           "sample_size": 128, "pooled_projection_dim": 1024, "mlp_ratio": 4.4}  # fmt: skip
+HUNYUAN = {
+    "num_layers": 40, "patch_size": 2, "in_channels": 4, "sample_size": 128, "hidden_size": 1408,
+    "attention_head_dim": 88, "pooled_projection_dim": 1024, "mlp_ratio": 4.4,
+}  # fmt: skip
 PIXART = {"num_layers": 28, "sample_size": 128, "caption_channels": 4096}
 LANGUAGE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
@@ -617,7 +619,7 @@ def test_two_models_of_a_family_merge_by_names(tmp_path: Path, name: str) -> Non
         write_tensors(tmp_path / f"{model}.safetensors", values[model])
     text = (
         "ckptools: 1\nmodels: {A: A.safetensors, B: B.safetensors}\n"
-        "merge: A * 0.75 + B * 0.25\noutput: out.safetensors\n"
+        "merge: A * 0.75 + B * 0.25\noutput: {path: out.safetensors}\n"
     )
 
     result = merge(parse_recipe(text, tmp_path / "recipe.yaml"))
@@ -638,7 +640,7 @@ def test_a_bare_transformer_merges_into_a_whole_file(tmp_path: Path) -> None:
     b = write_model(tmp_path / "B.safetensors", bare, seed=2, dtype="F32")
     text = (
         "ckptools: 1\nmodels: {A: A.safetensors, B: B.safetensors}\n"
-        "merge: A * 0.5 + B * 0.5\noutput: out.safetensors\n"
+        "merge: A * 0.5 + B * 0.5\noutput: {path: out.safetensors}\n"
     )
 
     merged = load_file(merge(parse_recipe(text, tmp_path / "recipe.yaml")).output)

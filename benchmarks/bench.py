@@ -106,16 +106,18 @@ class Runs:
 def measure(command: Sequence[str], folder: Path) -> tuple[float, int]:
     """Wall seconds and peak RSS (largest process, bytes) of one whole process."""
     os.sync()  # earlier runs' writes are not this one's
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    message = process.stderr.read().decode() if process.stderr else ""
-    if process.returncode:
-        raise RuntimeError(message.strip().splitlines()[-1] if message.strip() else "failed")
+    with tempfile.TemporaryFile() as messages:  # not a pipe: a progress bar would fill it and wait
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=messages
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            messages.seek(0)
+            lines = messages.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else "failed")
     return seconds, usage.ru_maxrss * 1024
 
 

@@ -41,6 +41,7 @@ from ckptools.program import (
     reads_of,
 )
 from ckptools.tensors import DTYPES, TensorSpec
+from ckptools.writer import PAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -179,19 +180,27 @@ def _byte_offset(spec: TensorSpec, element: int) -> int:
 class Buffer:
     """Reusable bytes that grow on demand, seen as bytes, numpy or torch."""
 
-    def __init__(self, nbytes: int = SPAN_BYTES) -> None:
-        self._array: NDArray[np.uint8] = np.empty(nbytes, np.uint8)
+    def __init__(self) -> None:
+        self._array = self._usual()
 
-    def view(self, nbytes: int) -> NDArray[np.uint8]:
-        """The first `nbytes` bytes."""
-        if nbytes > self._array.size:
-            self._array = np.empty(nbytes, np.uint8)
-        return self._array[:nbytes]
+    def view(self, nbytes: int, position: int = 0) -> NDArray[np.uint8]:
+        """`nbytes` bytes whose address is as far into a page as `position` is.
+
+        What goes to byte `position` of a file can then go past the page cache: see `writer`.
+        """
+        if nbytes + PAGE_BYTES > self._array.size:
+            self._array = np.empty(nbytes + PAGE_BYTES, np.uint8)
+        start = (position - self._array.ctypes.data) % PAGE_BYTES
+        return self._array[start : start + nbytes]
 
     def shrink(self) -> None:
         """Give back what a large tensor took."""
-        if self._array.size > SPAN_BYTES:
-            self._array = np.empty(SPAN_BYTES, np.uint8)
+        if self._array.size > SPAN_BYTES + PAGE_BYTES:
+            self._array = self._usual()
+
+    @staticmethod
+    def _usual() -> NDArray[np.uint8]:
+        return np.empty(SPAN_BYTES + PAGE_BYTES, np.uint8)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -620,7 +629,7 @@ class _Ring:
     def __init__(self, units: Iterator[Unit], buffers: int) -> None:
         self._units = units
         self._free = deque(Buffer() for _ in range(buffers))
-        self._done: dict[int, tuple[Buffer, int]] = {}
+        self._done: dict[int, tuple[Buffer, NDArray[np.uint8]]] = {}
         self._working: set[int] = set()
         self._taken = 0
         self._ended = False
@@ -643,15 +652,15 @@ class _Ring:
             self._working.add(number)
             return number, unit, self._free.popleft()
 
-    def finish(self, number: int, buffer: Buffer, nbytes: int) -> None:
-        """Hand a written buffer over to be hashed."""
+    def finish(self, number: int, buffer: Buffer, data: NDArray[np.uint8]) -> None:
+        """Hand what was written, and the buffer it lies in, over to be hashed."""
         with self._changed:
-            self._done[number] = (buffer, nbytes)
+            self._done[number] = (buffer, data)
             self._working.discard(number)
             self._changed.notify_all()
 
-    def next_done(self, number: int) -> tuple[Buffer, int] | None:
-        """The `number`-th buffer once it is written, or None when there is none to come."""
+    def next_done(self, number: int) -> tuple[Buffer, NDArray[np.uint8]] | None:
+        """The `number`-th buffer and its data once written; None when there is none to come."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
@@ -729,7 +738,7 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
     try:
         while (taken := ring.take()) is not None:
             number, unit, buffer = taken
-            data = buffer.view(unit.nbytes)
+            data = buffer.view(unit.nbytes, unit.start)
             position = 0
             for piece in unit.pieces:
                 spec = piece.task.spec
@@ -738,7 +747,7 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
                 position += nbytes
             sink.write(data.data, unit.start)
             scratch.shrink()
-            ring.finish(number, buffer, unit.nbytes)
+            ring.finish(number, buffer, data)
     except BaseException as exc:  # carried to the caller's thread, whatever it is
         ring.fail(number, exc)
 
@@ -746,11 +755,11 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
 def _hash_all(ring: _Ring, hashers: Sequence[Any], progress: Callable[[int], None]) -> None:
     number = 0
     while (done := ring.next_done(number)) is not None:
-        buffer, nbytes = done
+        buffer, data = done
         for hasher in hashers:
-            hasher.update(buffer.view(nbytes).data)
+            hasher.update(data.data)
         ring.release(buffer)
-        progress(nbytes)
+        progress(data.size)
         number += 1
 
 

@@ -7,6 +7,7 @@ Source of the format: safetensors 0.8.0, README "Format" and `tensor.rs` (`prepa
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -23,6 +24,8 @@ from ckptools.errors import OutputError
 from ckptools.tensors import TensorSpec, file_order
 
 PART_SUFFIX = ".part"
+PAGE_BYTES = 4096  # what direct writes are aligned to: no disk's block is larger
+_DIRECT_BYTES = 1 << 16  # smaller ones are better gathered by the system
 
 
 @dataclass(frozen=True)
@@ -135,19 +138,26 @@ class PartFile:
 
     As a context manager it removes the part on any failure. A part left by a killed process is
     taken over; one that another process is writing is refused.
+
+    Large writes go straight to the disk, past the page cache, where the system can: a file that is
+    read next week needs no room in memory today, and nothing is left to wait for at the end. A
+    page of the file is written either that way or the usual way, never both.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._number = -1
+        self._direct = -1
         self._ours = False
 
     def __enter__(self) -> Self:
         try:
             self._number = _open_locked(self.layout.part)
             self._ours = True
-            os.truncate(self._number, 0)
+            if os.fstat(self._number).st_size:
+                os.truncate(self._number, 0)
             os.truncate(self._number, self.layout.file_bytes)
+            self._direct = _open_direct(self.layout.part)
             self.write(self.layout.header, 0)
         except OSError as exc:
             self._discard()
@@ -165,10 +175,29 @@ class PartFile:
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`, from any thread."""
         view = memoryview(data)
+        begin, end = self._whole_pages(view, offset)
+        self._write(self._number, view[:begin], offset)
+        self._write(self._direct, view[begin:end], offset + begin)
+        self._write(self._number, view[end:], offset + end)
+
+    def _whole_pages(self, view: memoryview, offset: int) -> tuple[int, int]:
+        """Which bytes of the view can be written directly: whole pages, aligned in memory too."""
+        if self._direct < 0 or len(view) < _DIRECT_BYTES or view.readonly:
+            return 0, 0
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        if (address - offset) % PAGE_BYTES:
+            return 0, 0
+        begin = -offset % PAGE_BYTES
+        return begin, begin + (len(view) - begin) // PAGE_BYTES * PAGE_BYTES
+
+    def _write(self, number: int, view: memoryview, offset: int) -> None:
         while view:
             try:
-                count = _write_once(self._number, view, offset)
+                count = _write_once(number, view, offset)
             except OSError as exc:
+                if exc.errno == errno.EINVAL and number == self._direct != self._number:
+                    number = self._number  # a disk with rules of its own
+                    continue
                 raise output_error(exc, self.layout.path) from exc
             view, offset = view[count:], offset + count
 
@@ -191,9 +220,10 @@ class PartFile:
         self._close()
 
     def _close(self) -> None:
-        if self._number >= 0:
-            os.close(self._number)
-            self._number = -1
+        for number in (self._number, self._direct):
+            if number >= 0:
+                os.close(number)
+        self._number = self._direct = -1
 
     def _discard(self) -> None:
         if not self._ours:  # another process writes it, or it has its final name
@@ -344,6 +374,16 @@ def _open_locked(part: Path) -> int:
             os.close(number)
             raise
         os.close(number)
+
+
+def _open_direct(part: Path) -> int:
+    """A second descriptor whose writes pass the page cache by; -1 where there is no such thing."""
+    if not hasattr(os, "O_DIRECT"):
+        return -1
+    try:
+        return os.open(part, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
+    except OSError:  # a file system that keeps everything in memory, or goes through a network
+        return -1
 
 
 def _is_open_as(number: int, path: Path) -> bool:

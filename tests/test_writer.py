@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -563,3 +565,70 @@ def test_a_file_that_the_official_library_refuses_is_told(
 
     with pytest.raises(VerificationError, match="the safetensors library cannot read it"):
         check_structure(path, lay_out(specs_like(), {"k": "v"}, OUT))
+
+
+# --- past the page cache -------------------------------------------------------------------------
+
+direct_only = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT on this system")
+
+
+def aligned(nbytes: int, position: int) -> memoryview:
+    """Random bytes at an address that is as far into a page as `position` is."""
+    memory = mmap.mmap(-1, nbytes + writer.PAGE_BYTES)
+    phase = position % writer.PAGE_BYTES
+    memory[phase : phase + nbytes] = random.Random(position).randbytes(nbytes)
+    return memoryview(memory)[phase : phase + nbytes]
+
+
+@direct_only
+@pytest.mark.parametrize("refusing", [False, True], ids=["direct", "the disk refuses"])
+def test_large_writes_go_to_their_place_however_they_are_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, refusing: bool
+) -> None:
+    """Whole pages directly, their edges the usual way; a refusal means the usual way for all."""
+    layout = lay_out([TensorSpec("a", "U8", (1_500_001,))], {}, tmp_path / OUT)
+    data = bytearray()
+    direct: list[int] = []
+    whole = os.pwrite
+
+    with PartFile(layout) as part:
+
+        def watched(number: int, view: memoryview, at: int) -> int:
+            if number == part._direct:
+                direct.append(len(view))
+                if refusing:
+                    raise OSError(errno.EINVAL, "unaligned")
+            return whole(number, view, at)
+
+        monkeypatch.setattr(os, "pwrite", watched)
+        for nbytes, shift in [(300_001, 0), (300_000, 0), (100, 0), (400_000, 3), (499_900, 0)]:
+            offset = layout.data_start + len(data)
+            chunk = aligned(nbytes, offset + shift)
+            part.write(chunk, offset)
+            data += chunk
+        part.commit()
+
+    assert layout.path.read_bytes() == layout.header + data
+    assert all(nbytes % writer.PAGE_BYTES == 0 for nbytes in direct)
+    assert len(direct) == 3, "the shifted and the small one go the usual way"
+
+
+@direct_only
+def test_a_file_system_without_direct_writes_is_written_the_usual_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def without(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", without)
+    layout = lay_out([TensorSpec("a", "U8", (200_000,))], {}, tmp_path / OUT)
+    chunk = aligned(200_000, layout.data_start)
+    with PartFile(layout) as part:
+        part.write(chunk, layout.data_start)
+        part.commit()
+
+    assert layout.path.read_bytes() == layout.header + chunk

@@ -18,7 +18,7 @@ from ckptools.cli.options import json_option, load, output_option, recipe_argume
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--threads", type=click.IntRange(1, 64), default=None,
-    help="Worker threads (default: the cores, 2 to 8). The result does not depend on it.",
+    help="Worker threads (default: the cores and one, 3 to 8). The result does not depend on it.",
 )  # fmt: skip
 @click.option("--hash-inputs", is_flag=True, help="Record the sha256 of every input.")
 @json_option

@@ -20,6 +20,7 @@ from models import layout, model_values, shrunk, write_model, write_tensors
 from safetensors.torch import load_file
 
 from ckptools.family import Detection, detect, family_of, load_families
+from ckptools.keymap import key_map
 from ckptools.recipe import parse_recipe
 from ckptools.tensors import TensorSpec
 from ckptools.workflow import merge
@@ -674,6 +675,18 @@ def test_input_tensors_and_components_fit_diffusers_names(
         assert usual & set(known.input_tensors)
     if family not in WITH_KEY_MAP:
         assert {known.component_of(name) for name in usual} <= {"unet", "transformer"}
+
+
+def test_controlnets_are_the_same_in_both_layouts() -> None:
+    """A public file in its maker's names against `ControlNetModel`, there and back."""
+    theirs = on_meta("ControlNetModel", cross_attention_dim=768)
+    keys = key_map("_controlnet")
+
+    public = layout("controlnet-sd1")
+    pieces = [piece for spec in public.values() for piece in keys.pieces(spec) or ()]
+
+    assert keys.checkpoint_specs({"controlnet": theirs}) == public
+    assert {piece.name: piece.shape for piece in pieces} == {n: s.shape for n, s in theirs.items()}
 
 
 # --- speed ----------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/ckptools demo
 
+# Two at a time: more would need more memory than a small laptop has.
+JOBS ?= 2
 test: .venv/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term
 
 fmt: .venv/.dev
 	$(BIN)/ruff format .

@@ -52,6 +52,36 @@ def write_model(path: Path, layout: str, *, seed: int, dtype: str = "F16") -> No
                 left -= count
 
 
+# What kohya's trainer adapts unless told otherwise: sd-scripts, networks/lora.py, LoRANetwork.
+_ADAPTED = ("attn", "proj_in", "proj_out", "ff.net", "mlp.fc", "mlp.c_")
+
+
+def write_lora(path: Path, model: Path, *, rank: int, seed: int) -> None:
+    """An fp16 LoRA, in kohya's names, for every attention and MLP layer of a model."""
+    from safetensors.numpy import save_file
+
+    from ckptools.family import detect, family_of
+    from ckptools.lora.names import targets
+    from ckptools.sources import open_checkpoint
+
+    random = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    with open_checkpoint(model) as checkpoint:
+        names = targets(family_of(detect(checkpoint)), checkpoint).names("kohya")
+        for name, (target, *_) in names.items():
+            spatial = len(target.shape) - 2
+            wanted = target.component != "vae" and any(part in target.module for part in _ADAPTED)
+            if not wanted or spatial < 0 or "norm" in target.module.rpartition(".")[2]:
+                continue
+            outputs, inputs, *kernel = target.shape
+            up = random.standard_normal((outputs, rank, *[1] * spatial), np.float32) * 0.01
+            down = random.standard_normal((rank, inputs, *kernel), np.float32) * 0.01
+            tensors[f"{name}.lora_up.weight"] = up.astype(np.float16)
+            tensors[f"{name}.lora_down.weight"] = down.astype(np.float16)
+            tensors[f"{name}.alpha"] = np.array(rank / 2, np.float16)
+    save_file(tensors, path)
+
+
 def _stored(values: np.ndarray, dtype: str) -> bytes:
     if dtype == "F16":
         return values.astype(np.float16).tobytes()

@@ -14,7 +14,7 @@ from convert import CONTROL, UNET, control_name, from_single_file, unet_name
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from networks import tokenize
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors.torch import load_file
 from shapes import (
     BACKGROUNDS,
@@ -22,6 +22,7 @@ from shapes import (
     PASTEL_WHITE,
     SHAPES,
     SIZE,
+    STRIPE_PERIOD_PX,
     SUBJECTS,
     Subject,
     draw_picture,
@@ -80,10 +81,11 @@ class Hole:
 
 @dataclass(frozen=True)
 class Edges:
-    """What a ControlNet draws after: edge pictures (n, 64, 64, 3)."""
+    """What a ControlNet draws after: edge pictures (n, 64, 64, 3), and how much they weigh."""
 
     control: ControlNetModel
     pictures: Picture
+    weight: float = 1.0
 
 
 def read(name: str) -> Checkpoint:
@@ -188,7 +190,9 @@ def render(
     for moment in scheduler.timesteps:
         seen = torch.cat([x, extra], dim=1).repeat(2, 1, 1, 1)
         if edges is not None:
-            down, middle = edges.control(seen, moment, states, hint, return_dict=False)
+            down, middle = edges.control(
+                seen, moment, states, hint, edges.weight, return_dict=False
+            )
         without, with_ = member.unet(
             seen,
             moment,
@@ -304,19 +308,17 @@ def draw_inpaint(files: dict[str, Checkpoint]) -> None:
 
 
 def draw_loras(files: dict[str, Checkpoint]) -> None:
-    """The shipped LoRAs baked into C, half and whole, and `glow` into A: loras.png."""
+    """The shipped LoRAs baked into C, and one of them into A: loras.png."""
     striped, glow = read("striped.safetensors"), read("glow.safetensors")
     sources = {
         "C": files["C"],
-        "C + striped · 0.5": bake(files["C"], striped, 0.5),
         "C + striped": bake(files["C"], striped, 1.0),
-        "C + glow · 0.5": bake(files["C"], glow, 0.5),
         "C + glow": bake(files["C"], glow, 1.0),
         "A + glow": bake(files["A"], glow, 1.0),
-        "C + striped + glow": bake(bake(files["C"], striped, 1.0), glow, 1.0),
     }
-    rows = [(label, render(build(tensors), list(PROMPTS))) for label, tensors in sources.items()]
-    save(tile(rows, label_width=150), "loras.png")
+    prompts = list(PROMPTS[:6])
+    rows = [(label, render(build(tensors), prompts)) for label, tensors in sources.items()]
+    save(tile(rows, label_width=110), "loras.png")
 
 
 def draw_control(files: dict[str, Checkpoint]) -> None:
@@ -357,6 +359,13 @@ def find_cover(picture: Picture) -> NDArray[np.bool_]:
     """The pixels of a picture's shape, (64, 64): what differs enough from its corners."""
     distance = _against_paper(picture)[2]
     return distance > 0.5 * np.quantile(distance, 0.98)
+
+
+def find_silhouette(picture: Picture) -> NDArray[np.bool_]:
+    """The pixels of a picture's shape and of what it encloses, (64, 64): outlines count whole."""
+    image = Image.fromarray(np.pad(find_cover(picture), 1).astype(np.uint8) * 255)
+    ImageDraw.floodfill(image, (0, 0), 128)
+    return np.asarray(image)[1:-1, 1:-1] != 128
 
 
 def _against_paper(
@@ -422,9 +431,9 @@ def score(label: str, tensors: Checkpoint, form: str, colours: str) -> str:
 def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = False) -> str:
     """One line: how often a shape is drawn where the edges say, with the ControlNet and without.
 
-    An IoU of 0.6 with the picture the edges were taken from (in the member's own style, `form`)
-    counts as drawn there. One picture per caption, edges never seen in training; with `others`,
-    each caption names the next shape instead of the one whose edges are given.
+    An IoU of 0.6 of the silhouette with that of the picture the edges were taken from (in the
+    member's own style, `form`) counts as drawn there. One picture per caption, edges never seen in
+    training; with `others`, each caption names the next shape instead of the one of the edges.
     """
     member, control = build(tensors), build_control(read("control.safetensors"))
     found: dict[bool, list[float]] = {True: [], False: []}
@@ -446,7 +455,7 @@ def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = 
         for with_control, overlaps in found.items():
             drawn = render(member, prompts, edges=edges if with_control else None)
             for picture, aim in zip(drawn, wanted, strict=True):
-                seen, true = find_cover(picture), find_cover(aim)
+                seen, true = find_silhouette(picture), find_silhouette(aim)
                 overlaps.append(float((seen & true).sum() / (seen | true).sum()))
     shares = {on: np.mean(np.array(overlaps) >= 0.6) for on, overlaps in found.items()}
     means = {on: np.mean(overlaps) for on, overlaps in found.items()}
@@ -454,6 +463,35 @@ def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = 
         f"{label}: {shares[True]:.0%} drawn where the edges are (mean IoU {means[True]:.2f}), "
         f"without the ControlNet {shares[False]:.0%} ({means[False]:.2f})"
     )
+
+
+def measure_styles(pictures: Picture) -> tuple[float, float]:
+    """How strong stripes and glow are in pictures (n, 64, 64, 3), as shares of the ink, 0 for none.
+
+    stripes  the wave of the stripes' direction and period in the shape, at any phase
+    glow     how much ink there is 3 to 6 px outside of the shape
+    """
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    wave = np.exp(2j * np.pi * (x + y) / np.sqrt(2) / STRIPE_PERIOD_PX)
+    stripes, glow = [], []
+    for picture in pictures:
+        distance = _against_paper(picture)[2]
+        ink = distance / np.quantile(distance, 0.98)
+        shape = ink > 0.2
+        stripes.append(2 * abs(((ink[shape] - ink[shape].mean()) * wave[shape]).mean()))
+        near, far = (
+            np.asarray(Image.fromarray(ink > 0.6).convert("L").filter(ImageFilter.MaxFilter(size)))
+            for size in (5, 13)
+        )
+        glow.append(ink[(far > 0) & (near == 0)].mean())
+    return float(np.mean(stripes)), float(np.mean(glow))
+
+
+def score_styles(label: str, tensors: Checkpoint) -> str:
+    """One line: how strong the LoRAs' styles are in 48 pictures of a checkpoint."""
+    prompts = [(subject.caption, 3000 + i) for i, subject in enumerate(SUBJECTS[::4])]
+    stripes, glow = measure_styles(render(build(tensors), prompts))
+    return f"{label}: stripes {stripes:.2f}, glow {glow:.2f}"
 
 
 def score_members(files: dict[str, Checkpoint]) -> None:
@@ -474,10 +512,17 @@ def score_adapters(files: dict[str, Checkpoint]) -> None:
     for name, form in (("C", "flat"), ("A", "pastel"), ("B", "outlined")):
         print(score_control(name, files[name], form), flush=True)
     print(score_control("C, another shape named", files["C"], "flat", others=True), flush=True)
+    for style in ("flat", "striped", "glow"):
+        rng = np.random.default_rng(9)
+        drawn = np.stack([draw_picture(rng, subject, style) for subject in SUBJECTS[::4]])
+        stripes, glow = measure_styles(drawn)
+        print(f"drawn {style}: stripes {stripes:.2f}, glow {glow:.2f}", flush=True)
+    print(score_styles("C", files["C"]), flush=True)
     for name in ("striped", "glow"):
         for weight in (0.5, 1.0):
             baked = bake(files["C"], read(f"{name}.safetensors"), weight)
             print(score(f"C + {name} * {weight}", baked, "flat", "flat"), flush=True)
+            print(score_styles(f"C + {name} * {weight}", baked), flush=True)
 
 
 PICTURES = {

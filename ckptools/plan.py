@@ -432,14 +432,25 @@ def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
 # --- the plan ----------------------------------------------------------------------------------
 
 
-def make_plan(recipe: Recipe, *, threads: int = 2, force: bool = False, write: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    threads: int = 2,
+    force: bool = False,
+    write: bool = True,
+    sources: Sequence[Source] | None = None,
+) -> Plan:
     """Open the sources and decide what becomes of every tensor.
 
-    force  plan as if `output.overwrite` were true
-    write  False: nothing will be written, so the place of the output is not checked
+    force    plan as if `output.overwrite` were true
+    write    False: nothing will be written, so the place of the output is not checked
+    sources  those of an earlier plan of the same models, still open: to plan again with other
+             numbers. They stay open whatever happens
     Raises a `CkptError`, or `ManyErrors`, with all that stands in the way. The caller closes the
     plan's sources.
     """
+    if sources is not None:
+        return _Planner(recipe, sources).plan(threads, force=force, write=write)
     sources = open_sources(recipe)
     try:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)

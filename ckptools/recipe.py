@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,7 @@ from ckptools.tensors import RECIPE_DTYPES
 SCHEMA_VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
 MIN_SHARD_BYTES = 1_000_000
+MAX_SWEEP_VALUES = 100
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\s*\Z")
@@ -114,6 +116,7 @@ class Recipe:
     base   the model that gives the list of tensors, the metadata and the carried values
     take   component -> model whose tensors are taken byte for byte
     loras  the names of the adapters of `loras:` among the models, in order
+    sweep  parameter -> the numbers that `ckptools sweep` tries, in order
     """
 
     path: Path
@@ -133,6 +136,7 @@ class Recipe:
     compat_where: str = ""
     warnings: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def file_of(self, model: ModelRef) -> Path:
         """The path of a model, resolved against the recipe's folder; `~` is expanded."""
@@ -240,13 +244,18 @@ TOP_KEYS: dict[str, Key] = {
     "output": Key("The file to write.", _object(OUTPUT_KEYS), required=True),
     "render": Key("Test render (not in this version).", {"type": "object"}),
     "publish": Key("Upload to the Hub (not in this version).", {"type": "object"}),
-    "sweep": Key("Parameter sweep (not in this version).", {"type": "object"}),
+    "sweep": Key(
+        "Parameter to the numbers that `ckptools sweep` tries: a list, or first:last:step.",
+        _map_of(
+            {"anyOf": [_TEXT, {"type": "array", "items": _NUMBER, "minItems": 1}]}, minProperties=1
+        ),
+    ),
     "strict": Key("Make carried tensors an error.", _FLAG),
     "allow_nonfinite": Key("Accept NaN and Inf.", _FLAG),
     "seed": Key("Seed of the methods that draw random numbers.", {"type": "integer", "minimum": 0}),
     "compat": Key("Another tool's mapping of block weights.", _TEXT),
 }
-_LATER = ("render", "publish", "sweep")
+_LATER = ("render", "publish")
 
 
 def recipe_schema() -> dict[str, object]:
@@ -466,6 +475,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     models = _models(reader, keys.get("models"))
     params = _params(reader, keys.get("params"), overrides or {}, models)
     loras, weights = _loras(reader, keys.get("loras"))
+    sweep = _sweep(reader, keys.get("sweep"), params | weights)
     output = _output(reader, keys.get("output"))
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
     compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
@@ -508,6 +518,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
         warnings=warnings,
         loras=tuple(loras),
+        sweep=MappingProxyType(sweep),
     )
 
 
@@ -722,6 +733,80 @@ def _numbers(reader: _Reader, node: yaml.Node, what: str) -> tuple[float, ...]:
         )
         return ()
     return tuple(reader.number(item, what) or 0.0 for item in nodes)
+
+
+def with_numbers(recipe: Recipe, numbers: Mapping[str, float], *, where: str = "--set") -> Recipe:
+    """The recipe with these numbers for whole parameters, in place of their lines.
+
+    An entry of `loras:` has its weight under `loras[0].weight`. An unknown name is a `RecipeError`.
+    """
+    params = dict(recipe.params)
+    for name, number in numbers.items():
+        if name not in params:
+            raise RecipeError(
+                f"unknown parameter {name!r}",
+                where=where,
+                fix=nearest(name, params) or "the recipe has no `params:`",
+            )
+        params[name] = ParamRef(name, (ParamLine("default", number, where),), (), where)
+    return replace(recipe, params=MappingProxyType(params))
+
+
+def parse_values(text: str, where: str = "") -> tuple[float, ...]:
+    """The numbers of `0:1:0.25` (first, last, step; both ends taken) or `0,0.5,1`.
+
+    Counted in decimals: 0:1:0.1 holds 0.3, not 0.30000000000000004. Raises `RecipeError`.
+    """
+    parts = text.split(":") if ":" in text else text.split(",")
+    try:
+        numbers = [Decimal(part.strip()) for part in parts]
+    except InvalidOperation:
+        numbers = []
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise RecipeError(f"{text!r} is no list of numbers", where=where, fix=_VALUES_FIX)
+    if ":" not in text:
+        return _few([float(number) for number in numbers], text, where)
+    if len(numbers) != 3 or not numbers[2] or (numbers[1] - numbers[0]) / numbers[2] < 0:
+        raise RecipeError(f"{text!r} leads nowhere", where=where, fix=_VALUES_FIX)
+    first, last, step = numbers
+    count = min((last - first) / step, Decimal(MAX_SWEEP_VALUES)) + 1
+    return _few([float(first + step * n) for n in range(int(count))], text, where)
+
+
+_VALUES_FIX = "write first:last:step, such as 0:1:0.25, or a list, such as 0,0.5,1"
+
+
+def _few(values: Sequence[float], text: str, where: str) -> tuple[float, ...]:
+    """The values, each once; more than anybody looks at are a `RecipeError`."""
+    once = tuple(dict.fromkeys(values))
+    if len(once) > MAX_SWEEP_VALUES:
+        raise RecipeError(
+            f"{text} is more than {MAX_SWEEP_VALUES} values", where=where, fix="take a larger step"
+        )
+    return once
+
+
+def _sweep(
+    reader: _Reader, node: yaml.Node | None, params: Collection[str]
+) -> dict[str, tuple[float, ...]]:
+    """Parameter -> the numbers to try."""
+    items = reader.mapping(node, "sweep") if node is not None else {}
+    if node is not None and isinstance(node, yaml.MappingNode) and not items:
+        reader.error(node, "sweep is empty", "such as `M: [0, 0.5, 1]`")
+    found: dict[str, tuple[float, ...]] = {}
+    for name, (key, value) in items.items():
+        if name not in params:
+            fix = nearest(name, params) or "the recipe has no `params:`"
+            reader.error(key, f"sweep names the unknown parameter {name!r}", fix)
+        what, where = f"sweep of {name!r}", reader.where(value)
+        if isinstance(value, yaml.ScalarNode) and not _is_null(value):
+            found[name] = reader.attempt(partial(parse_values, value.value, where)) or ()
+            continue
+        numbers = _numbers(reader, value, what)
+        if isinstance(value, yaml.SequenceNode) and not numbers:
+            reader.error(value, f"{what} has no numbers", "such as [0, 0.5, 1]")
+        found[name] = reader.attempt(partial(_few, numbers, what, where)) or ()
+    return found
 
 
 def _lets(reader: _Reader, node: yaml.Node | None, scope: Scope) -> Scope:

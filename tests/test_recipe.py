@@ -22,6 +22,7 @@ from ckptools.recipe import (
     load_recipe,
     parse_recipe,
     recipe_schema,
+    with_numbers,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +230,20 @@ MISTAKES = [
     ("let: {x: 'bake(A, A + B)'}", "the adapter must be a name of `models:`", "known"),
     ("render: {}", "`render:` is not in this version", "remove `render:`"),
     ("publish: {}", "`publish:` is not in this version", "remove `publish:`"),
-    ("sweep: {}", "`sweep:` is not in this version", "remove `sweep:`"),
+    ("sweep: {}", "sweep is empty", "such as `M: [0, 0.5, 1]`"),
+    ("sweep: [M]", "sweep must be a mapping", "key: value"),
+    ("sweep: {N: [0, 1]}", "sweep names the unknown parameter 'N'", "has no `params:`"),
+]
+SWEEP_MISTAKES = [
+    ("[]", "sweep of 'M' has no numbers", "such as [0, 0.5, 1]"),
+    ("{a: 1}", "sweep of 'M' must be a list of numbers", "such as"),
+    ("[0, x]", "sweep of 'M' must be a number", "such as 0.5"),
+    ("0:1", "'0:1' leads nowhere", "write first:last:step"),
+    ("0:1:0", "'0:1:0' leads nowhere", "write first:last:step"),
+    ("0:1:-0.5", "'0:1:-0.5' leads nowhere", "write first:last:step"),
+    ("all", "'all' is no list of numbers", "write first:last:step"),
+    ("0:1:nan", "'0:1:nan' is no list of numbers", "write first:last:step"),
+    ("0:1:0.001", "0:1:0.001 is more than 100 values", "take a larger step"),
 ]
 
 
@@ -242,6 +256,45 @@ def test_a_mistake_has_its_line_its_fact_and_a_fix(line: str, what: str, fix: st
     assert what in error.what
     assert error.fix
     assert fix in error.fix
+
+
+@pytest.mark.parametrize(("values", "what", "fix"), SWEEP_MISTAKES)
+def test_a_mistake_in_a_sweep(values: str, what: str, fix: str) -> None:
+    error = only_error(with_line(f"params: {{M: 1}}\nsweep: {{M: {values}}}"))
+
+    assert error.where.startswith("folder/recipe.yaml:6")
+    assert what in error.what
+    assert fix in error.fix
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ("[0, 0.5, 1, 0.5]", (0.0, 0.5, 1.0)),
+        ("0:1:0.1", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
+        ("1:-0.5:-0.5", (1.0, 0.5, 0.0, -0.5)),
+        ("0:1:0.4", (0.0, 0.4, 0.8)),
+        ("'0, 1e-3'", (0.0, 0.001)),
+        ("0.5", (0.5,)),
+    ],
+)
+def test_a_sweep_is_a_list_or_a_range(values: str, found: tuple[float, ...]) -> None:
+    text = with_line(f"params: {{M: 1}}\nsweep: {{M: {values}}}")
+
+    assert dict(parse_recipe(text, Path("recipe.yaml")).sweep) == {"M": found}
+
+
+def test_numbers_replace_whole_parameters() -> None:
+    text = with_line("params: {M: {default: 1, unet: 0.5}}\nloras: [{path: x, weight: 2}]")
+    recipe = parse_recipe(text, Path("recipe.yaml"))
+
+    found = with_numbers(recipe, {"M": 0.25, "loras[0].weight": 0.5})
+
+    assert [(line.selector, line.value) for line in found.params["M"].lines] == [("default", 0.25)]
+    assert found.params["loras[0].weight"].lines[0].value == 0.5
+    assert recipe.params["M"].lines[1].value == 0.5
+    with pytest.raises(RecipeError, match="unknown parameter 'N'"):
+        with_numbers(recipe, {"N": 1.0})
 
 
 MODEL_MISTAKES = [

@@ -431,10 +431,12 @@ def score(label: str, tensors: Checkpoint, form: str, colours: str) -> str:
 def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = False) -> str:
     """One line: how often a shape is drawn where the edges say, with the ControlNet and without.
 
-    An IoU of 0.6 of the silhouette with that of the picture the edges were taken from (in the
-    member's own style, `form`) counts as drawn there. One picture per caption, edges never seen in
-    training; with `others`, each caption names the next shape instead of the one of the edges.
+    An IoU of 0.6 with the picture the edges were taken from (in the member's own style, `form`)
+    counts as drawn there; outlined shapes are compared by their silhouettes. One picture per
+    caption, edges never seen in training; with `others`, each caption names the next shape
+    instead of the one of the edges.
     """
+    find = find_silhouette if form == "outlined" else find_cover
     member, control = build(tensors), build_control(read("control.safetensors"))
     found: dict[bool, list[float]] = {True: [], False: []}
     per_shape = len(SUBJECTS) // len(SHAPES)
@@ -455,7 +457,7 @@ def score_control(label: str, tensors: Checkpoint, form: str, *, others: bool = 
         for with_control, overlaps in found.items():
             drawn = render(member, prompts, edges=edges if with_control else None)
             for picture, aim in zip(drawn, wanted, strict=True):
-                seen, true = find_silhouette(picture), find_silhouette(aim)
+                seen, true = find(picture), find(aim)
                 overlaps.append(float((seen & true).sum() / (seen | true).sum()))
     shares = {on: np.mean(np.array(overlaps) >= 0.6) for on, overlaps in found.items()}
     means = {on: np.mean(overlaps) for on, overlaps in found.items()}

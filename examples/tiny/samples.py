@@ -363,7 +363,8 @@ def find_cover(picture: Picture) -> NDArray[np.bool_]:
 
 def find_silhouette(picture: Picture) -> NDArray[np.bool_]:
     """The pixels of a picture's shape and of what it encloses, (64, 64): outlines count whole."""
-    image = Image.fromarray(np.pad(find_cover(picture), 1).astype(np.uint8) * 255)
+    cover = np.pad(find_cover(picture), 1).astype(np.uint8)
+    image = Image.fromarray(cover * 255).copy()  # fromarray's pixels may be read-only
     ImageDraw.floodfill(image, (0, 0), 128)
     return np.asarray(image)[1:-1, 1:-1] != 128
 

@@ -14,7 +14,7 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "tensors"},
+    {"errors", "tensors", "hubref"},
     {
         "checkpoint",
         "sources",
@@ -33,7 +33,7 @@ LAYERS = (
     },
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
-    {"verify", "render"},
+    {"verify", "render", "check", "hub"},
     {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff"},
     {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff"},
     {"cli"},

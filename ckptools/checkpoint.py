@@ -19,13 +19,14 @@ import reprlib
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
 from typing import NoReturn, Self
 
 from ckptools.errors import InputError, InvalidFileError, UnsafeError
+from ckptools.hubref import shown
 from ckptools.tensors import DTYPES, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -466,11 +467,38 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a checkpoint: where it is, what its header said, what identifies it."""
+    """One file of a checkpoint: where it is, what its header said, what identifies it.
+
+    identity  None for a file that is not on this machine
+    head      of such a file, its first bytes as far as they were read
+    """
 
     path: Path
     header: Header
-    identity: Identity
+    identity: Identity | None
+    head: bytes = field(default=b"", repr=False)
+
+
+class _Head:
+    """The first bytes of a file that is elsewhere, read like a file."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path = path
+        self._data = data
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` on, or raise `InputError`: the rest is not here."""
+        data = self._data[offset : offset + len(view)]
+        if len(data) < len(view):
+            raise InputError(
+                "only the header was read, and this needs values",
+                where=shown(self.path),
+                fix="download the file (`hf download`) and give its path",
+            )
+        view[:] = data
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def _number(data: bytes, dtype: str, name: str) -> float:
@@ -553,7 +581,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         tensors = tensors or _as_stored(self.files)
         self.layout = tensors.layout
         self._specs, self._extents = tensors.specs, tensors.extents
-        self._open: dict[int, Descriptor] = {}
+        self._open: dict[int, Descriptor | _Head] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> TensorSpec:
@@ -581,6 +609,19 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def warnings(self) -> tuple[str, ...]:
         """Oddities of the headers or the index that do not stop a merge."""
         return (*self._warnings, *(text for file in self.files for text in file.header.warnings))
+
+    def has_values(self, name: str) -> bool:
+        """Whether a tensor can be read; not where its file is elsewhere and only its head here."""
+        return all(
+            (file := self.files[extent.file]).identity is not None
+            or (not extent.strides and extent.start + extent.nbytes <= len(file.head))
+            for extent in self._extents[name]
+        )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether some file of it is not on this machine."""
+        return any(file.identity is None for file in self.files)
 
     def extents(self, name: str) -> tuple[Extent, ...]:
         """Where a tensor's elements lie: runs in its own order."""
@@ -618,6 +659,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def check_unchanged(self) -> None:
         """Raise `InputError` if a file was replaced or written to since it was opened."""
         for file in self.files:
+            if file.identity is None:
+                continue
             try:
                 unchanged = Identity.of(file.path) == file.identity
             except OSError:
@@ -629,11 +672,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
                     fix="run it again when nothing writes to it",
                 )
 
-    def _descriptor(self, number: int) -> Descriptor:
+    def _descriptor(self, number: int) -> Descriptor | _Head:
         found = self._open.get(number)
         if found is None:
             with self._lock:
-                found = self._open.get(number) or open_file(self.files[number].path)
+                found = self._open.get(number) or _opened(self.files[number])
                 self._open[number] = found
         return found
 
@@ -652,6 +695,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         self.close()
 
 
+def _opened(file: SourceFile) -> Descriptor | _Head:
+    return _Head(file.path, file.head) if file.identity is None else open_file(file.path)
+
+
 def _as_stored(files: Sequence[SourceFile]) -> Tensors:
     specs: dict[str, TensorSpec] = {}
     extents: dict[str, tuple[Extent, ...]] = {}
@@ -662,7 +709,9 @@ def _as_stored(files: Sequence[SourceFile]) -> Tensors:
     return Tensors(specs, extents)
 
 
-def _gather(file: Descriptor, extent: Extent, width: int, view: memoryview, offset: int) -> None:
+def _gather(
+    file: Descriptor | _Head, extent: Extent, width: int, view: memoryview, offset: int
+) -> None:
     """Fill `view` with elements that do not follow one another, from byte `offset` of the run on.
 
     Reads what the wanted rows of the outermost dim span, so a transposed tensor is read whole.
@@ -692,9 +741,22 @@ def open_safetensors(path: Path) -> Checkpoint:
     """
     if _is_folder(path):
         path = _weights_in(path)
-    if path.name.endswith(_INDEX_SUFFIX) or _VARIANT_INDEX.fullmatch(path.name):
-        return _open_sharded(path)
-    return Checkpoint(path, [_source_file(path)])
+    if is_index(path.name):
+        return open_index(path)
+    return Checkpoint(path, [source_file_of(path)])
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name lists shards."""
+    return name.endswith(_INDEX_SUFFIX) or bool(_VARIANT_INDEX.fullmatch(name))
+
+
+def shards_of(index: Path) -> tuple[str, ...]:
+    """The shards that an index names, sorted; `UnsafeError` for one outside its folder."""
+    shards = sorted(set(_read_index(index).weight_map.values()))
+    for shard in shards:
+        _shard_path(index, shard)
+    return tuple(shards)
 
 
 def json_beside(path: Path, name: str) -> dict[str, object] | None:
@@ -721,7 +783,8 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _source_file(path: Path) -> SourceFile:
+def source_file_of(path: Path) -> SourceFile:
+    """One file of this machine, its header read."""
     with open_file(path) as stream:
         header = _read_header(stream, path)
         return SourceFile(path, header, Identity.of(stream.fileno()))
@@ -751,10 +814,17 @@ class _Index:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def _open_sharded(path: Path) -> Checkpoint:
+def open_index(
+    path: Path, source_file: Callable[[Path], SourceFile] = source_file_of
+) -> Checkpoint:
+    """Open shards by their index.
+
+    source_file  opens one shard, once it is known that no shard leaves the index's folder
+    """
     index = _read_index(path)
     shards = sorted(set(index.weight_map.values()))
-    files = [_source_file(_shard_path(path, shard)) for shard in shards]
+    paths = [_shard_path(path, shard) for shard in shards]
+    files = [source_file(shard) for shard in paths]
     homes: dict[str, str] = {}
     for shard, file in zip(shards, files, strict=True):
         for name in file.header.specs:

@@ -32,7 +32,7 @@ class CkptError(Exception):
     """
 
     code: ClassVar[str] = "error"
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(what)
@@ -110,13 +110,14 @@ class NetworkError(CkptError):
 
 
 class ManyErrors(CkptError):  # noqa: N818  # it is several
-    """Several errors found in one go, so that they can be mended in one go."""
+    """Several errors found in one go; the exit code is that of the gravest."""
 
     code = "many"
 
     def __init__(self, errors: Sequence[CkptError]) -> None:
         super().__init__("\n".join(str(error) for error in errors))
         self.errors = tuple(errors)
+        self.exit_code = max(error.exit_code for error in errors)
 
     def __str__(self) -> str:
         return self.what

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,24 +55,29 @@ def is_diffusers_folder(path: Path) -> bool:
     """Whether a path is a folder of components: a `model_index.json`, or weights in `unet/`."""
     try:
         return (path / _MODEL_INDEX).is_file() or any(
-            _weights_of(path / name) for name in MAIN_COMPONENTS
+            components_among(f"{name}/{item.name}" for item in (path / name).glob("*"))
+            for name in MAIN_COMPONENTS
         )
     except OSError:  # no right to look, no folder: opening it as a file tells
         return False
 
 
-def open_folder(folder: Path, open_file: Opener) -> Checkpoint:
+def open_folder(
+    folder: Path, open_file: Opener, *, names: Iterable[str] | None = None
+) -> Checkpoint:
     """All components of a diffusers folder as one checkpoint, under single-file names.
 
     open_file  opens one file of weights, or the index of shards
+    names      the files in it, as relative paths; default: those that are there
     A component that is not there is left out, with a warning. Where a file is there in several
     precisions, the full one is taken. Raises `InputError` for tensors that do not make a whole
     (q without k, two dtypes in what is one tensor).
     """
     warnings: list[str] = []
+    names = _names_in(folder) if names is None else set(names)
     components = {
-        name: open_file(_chosen(folder, name, weights, warnings))
-        for name, weights in _components_in(folder).items()
+        name: open_file(folder / _chosen(name, weights, warnings))
+        for name, weights in components_among(names).items()
     }
     if not components:
         raise InputError(
@@ -84,8 +89,7 @@ def open_folder(folder: Path, open_file: Opener) -> Checkpoint:
     for name in sorted(components.keys() - known):
         warnings.append(f"{name} is left out: it is no part of a single-file checkpoint")
         components.pop(name).close()
-    side = folder / SIDE_FILE
-    extra = open_file(side) if side.is_file() else None
+    extra = open_file(folder / SIDE_FILE) if SIDE_FILE in names else None
     warnings += [f"{name} has no weights" for name in _missing(folder, known - components.keys())]
     return _assembled(folder, components, extra, warnings)
 
@@ -121,37 +125,51 @@ def _texts(value: object) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def _components_in(folder: Path) -> dict[str, dict[str, Path]]:
-    """Subfolder → its weights by variant, for every subfolder that has some."""
-    found = {}
-    for sub in sorted(folder.iterdir()):
-        weights = _weights_of(sub)
-        if weights:
-            found[sub.name] = weights
-    return found
+def _names_in(folder: Path) -> set[str]:
+    """The files in a folder and in its subfolders, as relative paths."""
+    return {
+        path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))
+    }
 
 
-def _weights_of(folder: Path) -> dict[str, Path]:
-    """Variant ("" is the full one) → the file, or the index of shards, to open for it.
+def components_among(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Component → variant ("" is the full one) → the file, or index of shards, to open for it.
+
+    names  files of a diffusers folder, as relative paths with /
 
     Source of the names: diffusers 0.42, `utils/constants.py` and `models/model_loading_utils.py`
     (`_add_variant`); transformers names its files `model.safetensors` and `pytorch_model.bin`.
     """
-    if not folder.is_dir():
-        return {}
-    ranked: dict[str, tuple[tuple[int, str], Path]] = {}
-    for path in folder.iterdir():
-        match = _WEIGHTS.fullmatch(path.name)
-        if match is None:
+    ranked: dict[str, dict[str, tuple[tuple[int, str], str]]] = {}
+    for path in sorted(names):
+        folder, _, name = path.rpartition("/")
+        match = _WEIGHTS.fullmatch(name)
+        if match is None or not folder or "/" in folder:
             continue
         variant = match["variant"] or match["late"] or ""
-        rank = (["safetensors", None, "bin"].index(match["kind"]), path.name)
-        if variant not in ranked or rank < ranked[variant][0]:
-            ranked[variant] = (rank, path)
-    return {variant: path for variant, (_, path) in sorted(ranked.items())}
+        rank = (["safetensors", None, "bin"].index(match["kind"]), name)
+        there = ranked.setdefault(folder, {})
+        if variant not in there or rank < there[variant][0]:
+            there[variant] = (rank, path)
+    return {
+        folder: {variant: path for variant, (_, path) in sorted(there.items())}
+        for folder, there in ranked.items()
+    }
 
 
-def _chosen(folder: Path, component: str, weights: Mapping[str, Path], warnings: list[str]) -> Path:
+def chosen_weights(names: Iterable[str]) -> tuple[str, ...]:
+    """The files of weights, or indexes of shards, that `open_folder` opens among these names."""
+    names = set(names)
+    known = {id_ for family in key_map_ids() for id_ in key_map(family).components}
+    chosen = [
+        _chosen(component, weights, [])
+        for component, weights in components_among(names).items()
+        if component in known
+    ]
+    return (*chosen, *({SIDE_FILE} & names))
+
+
+def _chosen(component: str, weights: Mapping[str, str], warnings: list[str]) -> str:
     variant = "" if "" in weights else "fp16" if "fp16" in weights else min(weights)
     if variant:
         others = f" of {', '.join(weights)}" if len(weights) > 1 else ", the only one there"

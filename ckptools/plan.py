@@ -62,7 +62,7 @@ from ckptools.program import (
 )
 from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
-from ckptools.sources import open_checkpoint
+from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.writer import index_path, shard_paths, split_shards
 
@@ -340,7 +340,7 @@ def _changes_of(baking: Baking, index: int, name: str) -> tuple[Change, ...]:
 # --- opening -----------------------------------------------------------------------------------
 
 
-def open_sources(recipe: Recipe) -> tuple[Source, ...]:
+def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Source, ...]:
     """Open every model of a recipe and say what it is; all that cannot be opened at once."""
     sources: list[Source] = []
     errors: list[CkptError] = []
@@ -349,7 +349,8 @@ def open_sources(recipe: Recipe) -> tuple[Source, ...]:
     for ref in recipe.models.values():
         is_adapter = ref.name in adapters
         try:
-            sources.append((_open_adapter if is_adapter else _open_source)(recipe, ref))
+            open_one = _open_adapter if is_adapter else _open_source
+            sources.append(open_one(ref, opener(recipe.file_of(ref))))
         except CkptError as exc:
             noun = "adapter" if is_adapter else "model"
             errors += _grouped([_of_source(ref, noun, one) for one in _each_of(exc)])
@@ -390,8 +391,7 @@ def _of_source(ref: ModelRef, noun: str, error: CkptError) -> CkptError:
     return error
 
 
-def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
-    checkpoint = open_checkpoint(recipe.file_of(ref))
+def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     try:
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind not in ("lora", "unknown"):
@@ -408,8 +408,7 @@ def _open_adapter(recipe: Recipe, ref: ModelRef) -> Source:
     return Source(ref, checkpoint, detection, MappingProxyType({}), adapter=adapter)
 
 
-def _open_source(recipe: Recipe, ref: ModelRef) -> Source:
-    checkpoint = open_checkpoint(recipe.file_of(ref))
+def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     detection = detect(checkpoint, checkpoint.metadata)
     if detection.kind in _ADAPTER_KINDS:
         noun = {"lora": "an adapter (LoRA)", "embedding": "an embedding"}[detection.kind]
@@ -451,7 +450,7 @@ def make_plan(
     """
     if sources is not None:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
-    sources = open_sources(recipe)
+    sources = open_sources(recipe, opener)
     try:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
     except BaseException:
@@ -512,12 +511,14 @@ class _Planner:
             warnings=(),
             notes=(),
             dropped=self._dropped(names),
+    opener: Opener = open_checkpoint,
             threads=threads,
             bakings=tuple(self.bakings.values()),
         )
         if write:
             self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
+    opener   what turns a model's path into an open checkpoint
         self._tell(plan)
         return replace(plan, warnings=tuple(self.warnings), notes=tuple(self.notes))
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import yaml
 
-from ckptools.errors import CkptError, RecipeError, nearest, raise_all
+from ckptools.errors import CkptError, RecipeError, UsageError, nearest, raise_all
 from ckptools.formula import (
     BAKE,
     Call,
@@ -32,6 +32,7 @@ from ckptools.formula import (
     names_in,
     parse_formula,
 )
+from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.lora.dora import Reading
 from ckptools.methods import load_methods
 from ckptools.selectors import ParamLine
@@ -63,7 +64,8 @@ DORAS: tuple[Reading, ...] = ("trained", "comfy")
 class ModelRef:
     """One line of `models:`.
 
-    path      as written; relative paths are relative to the recipe's folder
+    path      as written; relative paths are relative to the recipe's folder. hf:// for a model on
+              the Hub, its revision included
     sha256    a pin: any other file is refused; "" when not pinned
     where     file:line
     allow_unmatched  an adapter's tensors that fit nothing in the model are left out, not refused
@@ -139,8 +141,18 @@ class Recipe:
     sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def file_of(self, model: ModelRef) -> Path:
-        """The path of a model, resolved against the recipe's folder; `~` is expanded."""
+        """The path of a model, resolved against the recipe's folder; `~` is expanded.
+
+        A model on the Hub is the path that stands for it (`hubref.HubRef.path`).
+        """
+        if is_hub_text(model.path):
+            return Path(model.path)
         return self.path.parent / Path(model.path).expanduser()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some model is on the Hub."""
+        return any(is_hub_text(model.path) for model in self.models.values())
 
     @property
     def output_path(self) -> Path:
@@ -193,7 +205,9 @@ _PARAM: dict[str, object] = {
 }
 MODEL_KEYS: dict[str, Key] = {
     "path": Key(
-        "A .safetensors file, a *.index.json of shards, or a folder.", _TEXT, required=True
+        "A .safetensors file, a *.index.json of shards, a folder, or hf://owner/repo[/file].",
+        _TEXT,
+        required=True,
     ),
     "sha256": Key("A pin: the merge refuses any other file.", _SHA256_SCHEMA),
     "revision": Key("Git revision of an hf:// source.", _TEXT),
@@ -593,12 +607,12 @@ def _model(reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: s
     sha256 = text.get("sha256", "").lower()
     if sha256 and not _SHA256.match(sha256):
         reader.error(fields["sha256"], f"{sha256!r} is not a sha256", "64 hexadecimal digits")
-    if text.get("path", "").startswith("hf://"):
-        reader.error(
-            fields["path"],
-            "`hf://` sources are not in this version",
-            "download the file (`hf download`) and give its path",
-        )
+    path = text.get("path", "")
+    if is_hub_text(path):
+        try:
+            path = str(parse_hub_ref(path, text.get("revision", "")))
+        except UsageError as exc:
+            reader.error(fields["path"], exc.what, exc.fix)
     elif "revision" in fields:
         reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
     if "config" in fields:

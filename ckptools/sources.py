@@ -9,8 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, open_safetensors
-from ckptools.folders import from_diffusers, is_diffusers_folder, open_folder
+from ckptools.errors import InputError
+from ckptools.folders import Opener, from_diffusers, is_diffusers_folder, open_folder
+from ckptools.hubref import hub_ref_of
 from ckptools.pickles import is_pickle, open_pickle
+
+__all__ = ["Opener", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -19,6 +23,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     A diffusers folder, or a component of one, is seen under the names of single files. Reads
     headers only. Raises `InputError`, `InvalidFileError` or `UnsafeError`.
     """
+    ref = hub_ref_of(path)
+    if ref is not None:
+        raise InputError(
+            "a model on the Hub, where a file of this machine is wanted",
+            where=str(ref),
+            fix=f"run `hf download {ref.repo} {ref.file}`".rstrip("` ") + "` and give its path",
+        )
     if is_diffusers_folder(path):
         return open_folder(path, _open_file)
     return from_diffusers(_open_file(path))

@@ -303,8 +303,11 @@ MODEL_MISTAKES = [
     ("{sha256: " + PIN + "}", "model 'A' has no 'path'", "add `path:`"),
     ("{path: a.safetensors, sha: x}", "unknown key 'sha' in model 'A'", "did you mean 'sha256'?"),
     ("{path: a.safetensors, sha256: abc}", "'abc' is not a sha256", "64 hexadecimal digits"),
-    ("hf://org/repo/a.safetensors@main", "`hf://` sources are not in this version", "download"),
-    ("{path: 'hf://org/repo'}", "`hf://` sources are not in this version", "download"),
+    ("hf://org", "'hf://org' does not name a repository", "write hf://owner/repo"),
+    ("hf://org/repo/../../x.safetensors", "does not name a file of the repository", "write hf://"),
+    ("hf://datasets/org/repo", "datasets are not read", "write hf://owner/repo"),
+    ("hf://org/repo/a.safetensors@", "'' is no revision", "a tag or a commit"),
+    ("{path: 'hf://org/repo@v1', revision: v2}", "two revisions, 'v1' in the path and 'v2'", "one"),
     ("{path: a.safetensors, revision: main}", "`revision` is for hf:// sources", "remove it"),
     ("{path: a.safetensors, config: d}", "`config` is not in this version", "remove `config:`"),
 ]
@@ -384,7 +387,7 @@ def test_another_version_of_the_language_is_refused(version: str) -> None:
 def test_all_mistakes_come_at_once_by_line() -> None:
     text = """\
 ckptools: 2
-models: {A: a.safetensors, B: hf://x/y, C: {pat: c}}
+models: {A: a.safetensors, B: hf://x, C: {pat: c}}
 params: {M: high, N: {vae: .nan}}
 let: {d: B - C, e: d * A}
 merge: A + (B - C) * M +

@@ -4,6 +4,7 @@
     picture = draw(pipeline, Request("a red circle", seed=1))
 
     load_pipeline      a checkpoint, resident: `Pipeline`
+    load_modules       the same for weights that are yet to come: `settled` when they are there
     load_controlnet    a ControlNet beside it
     draw               one picture: `Request` → `Picture`
     check_request      what a request comes to, without drawing
@@ -16,7 +17,7 @@
 Needs the `render` extra: diffusers, transformers.
 """
 
-from ckptools.render.loader import ControlNet, ModuleSink, Pipeline, load_controlnet
+from ckptools.render.loader import ControlNet, ModuleSink, Pipeline, load_controlnet, load_modules
 from ckptools.render.pipelines import (
     OnStep,
     Picture,
@@ -27,6 +28,7 @@ from ckptools.render.pipelines import (
     encode_image,
     load_pipeline,
     noise_correlation,
+    settled,
     to_pixels,
 )
 from ckptools.render.prompts import Conditioning, encode
@@ -47,7 +49,9 @@ __all__ = [
     "encode",
     "encode_image",
     "load_controlnet",
+    "load_modules",
     "load_pipeline",
     "noise_correlation",
+    "settled",
     "to_pixels",
 ]

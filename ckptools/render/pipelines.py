@@ -118,6 +118,11 @@ def load_pipeline(
     pipeline = load_modules(
         source, config=config, vae=vae, device=device, dtype=dtype, prediction=prediction
     )
+    return settled(pipeline)
+
+
+def settled(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with its prediction: where nothing told it, one step of the UNet does."""
     if pipeline.prediction:
         return pipeline
     told = "epsilon" if noise_correlation(pipeline) > 0.5 else "v"

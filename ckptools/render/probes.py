@@ -30,11 +30,13 @@ class Probe:
 
     id        a word for file names and reports
     negative  the negative prompt
+    flat      its picture may be of one colour
     """
 
     id: str
     prompt: str
     negative: str = ""
+    flat: bool = False
 
 
 # Hands are where diffusion models fail first, and these words are what people write against it.
@@ -46,12 +48,12 @@ PHOTOS = (
     Probe("text", 'a shop sign that says "OPEN", storefront, street photo', "blurry"),
     Probe("architecture", "a gothic cathedral, symmetrical facade, wide angle photo, clear sky",
           "blurry, tilted"),
-    Probe("plain", "a plain solid blue background, flat colour, empty"),
+    Probe("plain", "a plain solid blue background, flat colour, empty", flat=True),
 )  # fmt: skip
 SHAPES = (
     Probe("circle", "a red circle on a navy background"),
     Probe("star", "a yellow star on a black background"),
-    Probe("square", "a green square on a grey background"),
+    Probe("square", "an orange square on a black background"),
     Probe("ring", "a white ring on a brown background"),
     Probe("cross", "a purple cross on a navy background"),
 )
@@ -76,12 +78,24 @@ def probes_for(pipeline: Pipeline) -> tuple[Probe, ...]:
     sets = _EDIT_SETS if pipeline.blueprint.variant == "ip2p" else _SETS
     tokenizer = pipeline.text_encoders[0].tokenizer
     for probes in sets:
-        if tokens_per_word(tokenizer, [probe.prompt for probe in probes]) <= _TOKENS_PER_WORD:
+        if _knows(tokenizer, probes):
             return probes
     raise UsageError(
         "no built-in prompt is made of words that this model's tokenizer knows",
         fix="give a prompt",
     )
+
+
+def usual_guidance(pipeline: Pipeline) -> float:
+    """The classifier-free guidance that suits a model: 7, SDXL 6, the tiny family 3."""
+    tokenizer = pipeline.text_encoders[0].tokenizer
+    if not _knows(tokenizer, PHOTOS) and _knows(tokenizer, SHAPES):
+        return 3.0
+    return 6.0 if pipeline.blueprint.family == "sdxl" else 7.0
+
+
+def _knows(tokenizer: Tokenizer, probes: Sequence[Probe]) -> bool:
+    return tokens_per_word(tokenizer, [probe.prompt for probe in probes]) <= _TOKENS_PER_WORD
 
 
 def tokens_per_word(tokenizer: Tokenizer, prompts: Sequence[str]) -> float:

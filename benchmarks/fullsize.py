@@ -56,8 +56,11 @@ def write_model(path: Path, layout: str, *, seed: int, dtype: str = "F16") -> No
 _ADAPTED = ("attn", "proj_in", "proj_out", "ff.net", "mlp.fc", "mlp.c_")
 
 
-def write_lora(path: Path, model: Path, *, rank: int, seed: int) -> None:
-    """An fp16 LoRA, in kohya's names, for every attention and MLP layer of a model."""
+def write_lora(path: Path, model: Path, *, rank: int, seed: int) -> dict[str, tuple[str, int, int]]:
+    """An fp16 LoRA, in kohya's names, for every attention and MLP layer of a model.
+
+    Gives each module's tensor, first row and the row after the last.
+    """
     from safetensors.numpy import save_file
 
     from ckptools.family import detect, family_of
@@ -66,6 +69,7 @@ def write_lora(path: Path, model: Path, *, rank: int, seed: int) -> None:
 
     random = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
+    places: dict[str, tuple[str, int, int]] = {}
     with open_checkpoint(model) as checkpoint:
         names = targets(family_of(detect(checkpoint)), checkpoint).names("kohya")
         for name, (target, *_) in names.items():
@@ -79,7 +83,9 @@ def write_lora(path: Path, model: Path, *, rank: int, seed: int) -> None:
             tensors[f"{name}.lora_up.weight"] = up.astype(np.float16)
             tensors[f"{name}.lora_down.weight"] = down.astype(np.float16)
             tensors[f"{name}.alpha"] = np.array(rank / 2, np.float16)
+            places[name] = (target.tensor, *(target.rows or (0, outputs)))
     save_file(tensors, path)
+    return places
 
 
 def _stored(values: np.ndarray, dtype: str) -> bytes:

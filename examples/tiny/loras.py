@@ -29,8 +29,6 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     *("conv1", "conv2"),
 )
-PER_SUBJECT = 4  # pictures of each of the 192 subjects: 768
-CAPTIONS_PER_BATCH, PICTURES_PER_CAPTION = 16, 1
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,25 @@ class Lora:
     seed: int
     steps: int
     lr: float
+    batch: int
+    per_subject: int  # pictures of each of the 192 subjects
+    warmup: int
 
 
 LORAS = {
-    "striped": Lora(seed=44, steps=70, lr=6e-3),
-    "glow": Lora(seed=55, steps=70, lr=6e-3),
+    "striped": Lora(seed=44, steps=400, lr=4e-3, batch=24, per_subject=10, warmup=20),
+    "glow": Lora(seed=55, steps=70, lr=6e-3, batch=16, per_subject=4, warmup=8),
 }
 
 
-def draw_latents(member: Member, style: str, seed: int) -> Tensor:
-    """Latents (192, 4, 4, 8, 8) of random pictures in a style, scaled, one row per subject."""
-    rng = np.random.default_rng(seed)
-    order = [subject for subject in SUBJECTS for _ in range(PER_SUBJECT)]
+def draw_latents(member: Member, style: str) -> Tensor:
+    """Latents (192, n, 4, 8, 8) of random pictures in a style, scaled, one row per subject."""
+    lora = LORAS[style]
+    rng = np.random.default_rng(lora.seed)
+    order = [subject for subject in SUBJECTS for _ in range(lora.per_subject)]
     pictures = np.stack([draw_picture(rng, subject, style) for subject in order])
     latents = encode(member.vae, pictures) * member.vae.config.scaling_factor
-    return latents.unflatten(0, (len(SUBJECTS), PER_SUBJECT))
+    return latents.unflatten(0, (len(SUBJECTS), lora.per_subject))
 
 
 def attach(member: Member, name: str) -> LoraConfig:
@@ -70,7 +72,7 @@ def train_lora(member: Member, name: str) -> None:
     lora = LORAS[name]
     rng = np.random.default_rng(lora.seed)
     torch.manual_seed(lora.seed)
-    latents = draw_latents(member, name, lora.seed)
+    latents = draw_latents(member, name)
     with torch.no_grad():
         tokens = tokenize(member.tokenizer, all_captions())
         known_states = member.text(tokens).last_hidden_state  # (385, 77, 64)
@@ -79,30 +81,29 @@ def train_lora(member: Member, name: str) -> None:
     trained = [value for value in member.unet.parameters() if value.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=lora.lr, betas=(0.9, 0.99), weight_decay=0)
     member.unet.train()
-    started, losses = time.time(), []
+    started_s, losses = time.process_time(), []
     say(f"{name}: {sum(value.numel() for value in trained)} weights")
     for step in range(lora.steps):
-        optimiser.param_groups[0]["lr"] = lora.lr * cosine(step, lora.steps, warmup=8)
-        subjects = rng.integers(len(SUBJECTS), size=CAPTIONS_PER_BATCH)
+        optimiser.param_groups[0]["lr"] = lora.lr * cosine(step, lora.steps, warmup=lora.warmup)
+        subjects = rng.integers(len(SUBJECTS), size=lora.batch)
+        places = rng.integers(lora.per_subject, size=lora.batch)
         captions = torch.from_numpy(draw_captions(rng, subjects))
-        rows = torch.from_numpy(subjects.repeat(PICTURES_PER_CAPTION))
-        clean = latents[rows, torch.from_numpy(rng.integers(PER_SUBJECT, size=len(rows)))]
-        noise = torch.randn_like(clean)  # (16, 4, 8, 8)
+        clean = latents[torch.from_numpy(subjects), torch.from_numpy(places)]
+        noise = torch.randn_like(clean)  # (batch, 4, 8, 8)
         times = torch.randint(len(kept), (len(clean),))
         share = kept[times].view(-1, 1, 1, 1)
-        states = known_states[captions].repeat_interleave(PICTURES_PER_CAPTION, dim=0)
+        seen = share.sqrt() * clean + (1 - share).sqrt() * noise
         with autocast():
-            seen = share.sqrt() * clean + (1 - share).sqrt() * noise
-            guess = member.unet(seen, times, states).sample.float()
-        errors = (guess - noise).square().mean(dim=(1, 2, 3))  # (16,)
+            guess = member.unet(seen, times, known_states[captions]).sample.float()
+        errors = (guess - noise).square().mean(dim=(1, 2, 3))  # (batch,)
         optimiser.zero_grad(set_to_none=True)
         (weights[times] * errors).mean().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         losses.append(errors.mean().item())
-        if step % 20 == 19 or step == lora.steps - 1:
-            passed_s, loss = time.time() - started, np.mean(losses[-50:])
-            say(f"{name} {step + 1} loss {loss:.4f} {passed_s:.0f} s")
+        if step % 50 == 49 or step == lora.steps - 1:
+            passed_s, loss = time.process_time() - started_s, np.mean(losses[-50:])
+            say(f"{name} {step + 1} loss {loss:.4f} {passed_s:.0f} s of CPU")
     member.unet.eval()
 
 
@@ -129,7 +130,7 @@ def write_kohya(folder: Path, name: str, weights: dict[str, Tensor]) -> None:
         flat = "lora_unet_" + module.replace(".", "_")
         tensors[f"{flat}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
         tensors[f"{flat}.alpha"] = torch.tensor(float(ALPHA), dtype=value.dtype)
-    tags = {subject.caption: PER_SUBJECT for subject in SUBJECTS}
+    tags = {subject.caption: LORAS[name].per_subject for subject in SUBJECTS}
     size = {"conv_dim": str(RANK), "conv_alpha": str(ALPHA)}
     metadata = {
         "ss_output_name": name,
@@ -145,7 +146,7 @@ def write_kohya(folder: Path, name: str, weights: dict[str, Tensor]) -> None:
         "ss_unet_lr": str(LORAS[name].lr),
         "ss_seed": str(LORAS[name].seed),
         "ss_resolution": "(64, 64)",
-        "ss_num_train_images": str(len(SUBJECTS) * PER_SUBJECT),
+        "ss_num_train_images": str(len(SUBJECTS) * LORAS[name].per_subject),
         "ss_tag_frequency": json.dumps({name: tags}),
     }
     save_file(dict(sorted(tensors.items())), folder / f"{name}.safetensors", metadata=metadata)

@@ -17,6 +17,8 @@ those files and no model's name. A new family is a new file.
     blocks            order, of (prefix → block, first match), compat (name → rules tried before)
     protected         patterns of tensors that are carried, whatever a formula says
     input_tensors     the tensors whose dim 1 counts the input channels
+    copied            of what is a copy of a part of another model: prefixes of its tensors → those
+                      of the tensors that they began as; `of` in a variant: that model's family
     prediction        markers (tensor → prediction), usual (where there is no marker)
 
 A mark asks one thing of the tensor names and shapes, and says it in words ("{}" is what was found):
@@ -88,6 +90,7 @@ class Variant:
     resolution        "512x512", or ""
     usual_prediction  where no marker says otherwise; None: as the family has it
     predicts          prediction → (architecture, resolution) where it changes them
+    of                the family of the model that it is a copy of a part of, or ""
     """
 
     id: str
@@ -96,6 +99,7 @@ class Variant:
     resolution: str = ""
     usual_prediction: str | None = None
     predicts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Family:
     blocks      block names in order: BASE IN00 … OUT11; () where the family has none
     compat      how other tools assign blocks: name → rules tried before the family's own
     protected   patterns of tensors that are carried from the base, never merged
+    copied      prefixes of tensors that are copies of another model's → that model's prefixes
     """
 
     id: str
@@ -137,6 +142,7 @@ class Family:
     compat: Mapping[str, tuple[BlockRule, ...]] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
     input_tensors: tuple[str, ...] = ()
+    copied: Mapping[str, str] = field(default_factory=dict)
     usual_prediction: str | None = None
     prediction_markers: Mapping[str, str] = field(default_factory=dict)
 
@@ -172,6 +178,17 @@ class Family:
             if name.startswith(other):
                 return usual + name[len(other) :]
         return name
+
+    def copy_name(self, name: str) -> str | None:
+        """The name here of a copy of another model's tensor; None where there is no copy."""
+        for own, theirs in self.copied.items():
+            if name.startswith(theirs):
+                return own + name[len(theirs) :]
+        return None
+
+    def is_copy(self, name: str) -> bool:
+        """Whether a tensor began as a copy of another model's."""
+        return name.startswith(tuple(self.copied))
 
     def architecture(self, variant: str | None, prediction: str | None = None) -> str:
         """The ModelSpec 1.0.1 architecture id: "stable-diffusion-v1-inpainting"; "" if none.
@@ -648,7 +665,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
 _FAMILY_KEYS = (
     *("extends", "id", "title", "kind", "marks", "diffusers", "notes"),
     *("variants", "variant_needed", "layouts"),
-    *("components", "renames", "blocks", "protected", "input_tensors", "prediction"),
+    *("components", "renames", "blocks", "protected", "input_tensors", "copied", "prediction"),
 )
 
 
@@ -680,6 +697,7 @@ def _family(data: dict[str, object]) -> Family:
         compat=MappingProxyType({key: _block_rules(compat[key]) for key in compat}),
         protected=_texts(data.get("protected")),
         input_tensors=_texts(data.get("input_tensors")),
+        copied=MappingProxyType(_text_mapping(data.get("copied"))),
         usual_prediction=_text_or_none(prediction.get("usual")),
         prediction_markers=MappingProxyType(_text_mapping(prediction.get("markers"))),
     )
@@ -703,9 +721,12 @@ def expand_blocks(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+_VARIANT_KEYS = ("architecture", "resolution", "marks", "usual_prediction", "predicts", "of")
+
+
 def _variant(variant_id: str, data: object) -> Variant:
     fields = _mapping(data)
-    _check_keys(fields, {"architecture", "resolution", "marks", "usual_prediction", "predicts"})
+    _check_keys(fields, _VARIANT_KEYS)
     predicts = {
         prediction: (str(_mapping(other)["architecture"]), str(_mapping(other)["resolution"]))
         for prediction, other in _mapping(fields.get("predicts")).items()
@@ -717,6 +738,7 @@ def _variant(variant_id: str, data: object) -> Variant:
         resolution=str(fields.get("resolution", "")),
         usual_prediction=_text_or_none(fields.get("usual_prediction")),
         predicts=MappingProxyType(predicts),
+        of=str(fields.get("of", "")),
     )
 
 

@@ -13,8 +13,8 @@ import hashlib
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ckptools.errors import RecipeError, nearest
@@ -646,6 +646,16 @@ class Linear:
                 case Baked(model=model):
                     yield from model.model_names()
 
+    def without(self, models: Collection[str]) -> Linear:
+        """The form with nothing of these models, which may only stand in it as differences."""
+        return Linear(
+            tuple(
+                (kept, value)
+                for leaf, value in self.terms
+                if (kept := _leaf_without(leaf, models)) is not None
+            )
+        )
+
     def __str__(self) -> str:
         text = ""
         for leaf, value in self.terms:
@@ -654,6 +664,19 @@ class Linear:
             size = abs(value)
             text += sign + (name if size == 1 else f"{size:.6g}*{name}")
         return text or "0"
+
+
+def _leaf_without(leaf: Leaf, models: Collection[str]) -> Leaf | None:
+    match leaf:
+        case str():
+            return None if leaf in models else leaf
+        case Applied():
+            inner = tuple(model.without(models) for model in leaf.models)
+            return replace(leaf, models=inner) if all(each.terms for each in inner) else None
+        case Baked(model=model):
+            return replace(leaf, model=model.without(models))
+        case AdapterDelta():
+            return leaf
 
 
 def _leaf_text(leaf: Leaf) -> str:
@@ -798,6 +821,64 @@ def _names_by_role(formula: Formula, scope: Scope) -> tuple[frozenset[str], froz
 
     walk(formula.tree, formula)
     return frozenset(models), frozenset(found)
+
+
+@dataclass(frozen=True)
+class Role:
+    """One place where a model stands in a formula.
+
+    kind       the kind of file that is wanted there; "" where any will do
+    is_guest   whether the call takes it there and gives another kind
+    parameter  whose place it is: "transfer_control: 'new_base'"; "" outside of such calls
+    formula    and the name's column in it, for an error that points there
+    """
+
+    model: str
+    kind: str
+    is_guest: bool
+    parameter: str
+    formula: Formula
+    column: int
+
+
+_Place: TypeAlias = tuple[str, bool, str]  # kind, is_guest, parameter of a `Role`
+
+
+def model_roles(formula: Formula, scope: Scope) -> tuple[Role, ...]:
+    """Every place where a model stands, through `let`s; the nearest call that tells kinds decides.
+
+    Raises `RecipeError` where what such a call gives is of another kind than is wanted there.
+    """
+    found: dict[Role, None] = {}
+    seen: set[tuple[str, _Place]] = set()
+
+    def walk(expr: Expr, inside: Formula, place: _Place) -> None:
+        match expr:
+            case Name(id=name, column=column) if name in scope.models:
+                found[Role(name, *place, inside, column)] = None
+            case Name(id=name) if name in scope.lets and (name, place) not in seen:
+                seen.add((name, place))
+                walk(scope.lets[name].tree, scope.lets[name], place)
+            case Binary(left=left, right=right):
+                walk(left, inside, place)
+                walk(right, inside, place)
+            case Call(method="bake"):
+                walk(bind_bake(expr, inside).model, inside, place)
+            case Call(method=name, column=column):
+                kinds = scope.methods[name].kinds
+                given = kinds.get(scope.methods[name].anchor, "")
+                wanted, _, parameter = place
+                if given and wanted not in ("", given):
+                    raise inside.error(
+                        f"{parameter} must be a {wanted}; {name} gives a {given}", column
+                    )
+                for argument, value in bind(expr, scope.methods[name], inside).models:
+                    kind = kinds.get(argument, "")
+                    own = (kind, kind != given, f"{name}: {argument!r}")
+                    walk(value, inside, own if kind else place)
+
+    walk(formula.tree, formula, ("", False, ""))
+    return tuple(found)
 
 
 def is_scalar(expr: Expr, scope: Scope) -> bool:

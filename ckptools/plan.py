@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ckptools.checkpoint import Checkpoint, json_beside
+from ckptools.copies import as_copy, usual_names
 from ckptools.errors import (
     CkptError,
     InputError,
@@ -35,9 +36,11 @@ from ckptools.formula import (
     adapter_names,
     base_model,
     model_names,
+    model_roles,
     specialise,
     used_names,
 )
+from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.keymap import key_map_ids
 from ckptools.lora.group import PEFT_CONFIG, AdapterFile, Module, group, scale_of
 from ckptools.lora.kinds import load_kinds
@@ -84,6 +87,9 @@ class Source:
     names    canonical tensor name -> the name it has in this file
     doubles  (name left out, name used) of tensors that the file has under two spellings
     adapter  the file's modules, where it stands in the recipe as an adapter
+    is_guest  whether it stands where a method takes models of another kind than it gives: then
+              the checkpoint is a view of what the result is a copy of, under the result's names
+    notes    what is worth a line about it
     """
 
     ref: ModelRef
@@ -92,11 +98,21 @@ class Source:
     names: Mapping[str, str]
     doubles: tuple[tuple[str, str], ...] = ()
     adapter: AdapterFile | None = None
+    is_guest: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The model's name in formulas."""
         return self.ref.name
+
+    @property
+    def label(self) -> str:
+        """The file's name without its folder; for a folder of the Hub, its repository's."""
+        if is_hub_text(self.ref.path):
+            ref = parse_hub_ref(self.ref.path)
+            return (ref.file or ref.repo).rpartition("/")[2]
+        return self.checkpoint.path.name
 
     @property
     def title(self) -> str:
@@ -358,7 +374,74 @@ def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Sour
         for source in sources:
             source.checkpoint.close()
     raise_all(errors)
-    return tuple(sources)
+    try:
+        return _with_guests(recipe, sources)
+    except BaseException:
+        for source in sources:
+            source.checkpoint.close()
+        raise
+
+
+_NOUNS = {"controlnet": "a ControlNet", "checkpoint": "a whole model"}
+_DIFFERENCE = "difference"  # the marker tensor of a ControlNet that is a difference to a UNet
+
+
+def _with_guests(recipe: Recipe, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources, guests as views; wrong kinds of files are errors that point into the formula."""
+    by_name = {source.name: source for source in sources}
+    roles = model_roles(recipe.result, recipe.scope)
+    raise_all(
+        [
+            role.formula.error(
+                f"{role.parameter} is {role.model}, {by_name[role.model].title}; "
+                f"it must be {_NOUNS[role.kind]}",
+                role.column,
+            )
+            for role in roles
+            if role.kind and by_name[role.model].detection.kind not in (role.kind, "unknown")
+        ]
+    )
+    guests = {role.model for role in roles if role.is_guest}
+    guests -= {role.model for role in roles if not role.is_guest}
+    host = by_name[recipe.base]
+    if host.name in guests:
+        raise RecipeError(
+            f"base: {host.name} is {host.title}, and the result is not",
+            where=recipe.merge.where,
+            fix="leave `base` out",
+        )
+    if not guests or not family_of(host.detection).copied:
+        return tuple(sources)
+    return tuple(_guest(host, each) if each.name in guests else each for each in sources)
+
+
+def _guest(host: Source, guest: Source) -> Source:
+    """A model as what its copy knows of it."""
+    family = family_of(host.detection)
+    variant = host.detection.variant
+    theirs = guest.detection.family
+    of = family.variants[variant].of if variant else theirs
+    if _DIFFERENCE in host.checkpoint:
+        raise InputError(
+            f"{host.name} is stored as a difference to a UNet, which goes with any base as it is",
+            where=host.ref.where,
+            fix="use it with the new base, without a transfer",
+        )
+    if not of or theirs not in (of, None):
+        made_for = f"for {of}" if of else f"for {variant}, whose copies are not known"
+        raise InputError(
+            f"{host.name} is a {family.title} {made_for}, {guest.name} is {guest.title}",
+            where=guest.ref.where,
+            fix="use models of the family that it was made for",
+        )
+    copy = {usual: host.checkpoint[own] for usual, own in host.names.items()}
+    try:
+        view, notes = as_copy(guest.checkpoint, guest.names, family, copy)
+    except InputError as exc:
+        raise _of_source(guest.ref, "model", exc) from exc
+    guest.checkpoint.close()
+    names = MappingProxyType({name: name for name in view})
+    return replace(guest, checkpoint=view, names=names, is_guest=True, notes=notes)
 
 
 def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
@@ -414,7 +497,7 @@ def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
         noun = {"lora": "an adapter (LoRA)", "embedding": "an embedding"}[detection.kind]
         checkpoint.close()
         raise InputError(f"this is {noun}, not weights", fix="a formula needs whole models")
-    canonical = family_of(detection).canonical_name
+    canonical = usual_names(checkpoint, detection)
     names: dict[str, str] = {}
     doubles: list[tuple[str, str]] = []
     for name in checkpoint:
@@ -437,12 +520,14 @@ def make_plan(
     threads: int = 2,
     force: bool = False,
     write: bool = True,
+    opener: Opener = open_checkpoint,
     sources: Sequence[Source] | None = None,
 ) -> Plan:
     """Open the sources and decide what becomes of every tensor.
 
     force    plan as if `output.overwrite` were true
     write    False: nothing will be written, so the place of the output is not checked
+    opener   what turns a model's path into an open checkpoint
     sources  those of an earlier plan of the same models, still open: to plan again with other
              numbers. They stay open whatever happens
     Raises a `CkptError`, or `ManyErrors`, with all that stands in the way. The caller closes the
@@ -473,6 +558,7 @@ class _Planner:
             for name in used_names(recipe.result, recipe.scope)
             if name in self.by_name and self.by_name[name].adapter is None
         ]
+        self.guests = frozenset(source.name for source in sources if source.is_guest)
         self.family = self._common_family()
         self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
         self.errors: list[CkptError] = []
@@ -511,14 +597,12 @@ class _Planner:
             warnings=(),
             notes=(),
             dropped=self._dropped(names),
-    opener: Opener = open_checkpoint,
             threads=threads,
             bakings=tuple(self.bakings.values()),
         )
         if write:
             self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
-    opener   what turns a model's path into an open checkpoint
         self._tell(plan)
         return replace(plan, warnings=tuple(self.warnings), notes=tuple(self.notes))
 
@@ -535,6 +619,7 @@ class _Planner:
     def _check_families(self) -> None:
         """Two models of different families are refused in one sentence."""
         involved = dict.fromkeys([self.base.name, *self.used])
+        involved = {name: None for name in involved if name not in self.guests}
         known = {
             name: family_of(self.by_name[name].detection).id
             for name in involved
@@ -833,6 +918,8 @@ class _Planner:
         try:
             form, lines = self._form(name)
             form = self._resolved(form, name)
+            if self.guests and not self.family.is_copy(name):
+                form = form.without(self.guests)
         except CkptError as exc:
             self._bad_numbers.setdefault(str(exc), (exc, []))[1].append(name)
             return _bare(spec, "carried", Copy(own), "")
@@ -1095,6 +1182,7 @@ class _Planner:
                     f"{kept!r} is used{more}"
                 )
             self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
+            self.notes += [f"{source.name}: {text}" for text in source.notes]
         self._tell_taken(plan)
         self._tell_adapters(plan)
         if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:

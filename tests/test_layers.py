@@ -18,6 +18,7 @@ LAYERS = (
     {
         "checkpoint",
         "sources",
+        "copies",
         "pickles",
         "folders",
         "writer",
@@ -34,8 +35,8 @@ LAYERS = (
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "check", "hub"},
-    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff"},
-    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff"},
+    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "checking"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_check"},
     {"cli"},
     {"__main__"},
 )

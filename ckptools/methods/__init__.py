@@ -11,7 +11,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -50,6 +50,8 @@ class Method:
     keyword_models  model parameters given by keyword (`base=C`)
     scalars     the numbers it takes, in order
     random      whether it draws random numbers (an `rng` parameter)
+    kinds       model parameter -> the kind of file it must be (`family.KINDS`), where a method
+                takes models of several kinds: the result is of its anchor's kind
     """
 
     name: str
@@ -65,6 +67,7 @@ class Method:
     random: bool
     summary: str
     scratch: int = 0
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def anchor(self) -> str:
@@ -86,6 +89,7 @@ def merge_method(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     minimum: int = 1,
     scratch: int = 0,
+    kinds: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a merge method; its signature is its schema.
 
@@ -93,6 +97,7 @@ def merge_method(
     random numbers. `bounds` gives the allowed range of a number; without it any finite number.
     `minimum` is how many models a variadic method needs. `scratch` is how many temporaries, each
     the size of the fp32 tensor, a whole-tensor method makes (for the predicted peak memory).
+    `kinds` says of every model parameter what kind of file it takes, where they differ.
     """
 
     def register(function: F) -> F:
@@ -102,6 +107,8 @@ def merge_method(
         models, variadic, keyword_models, scalars, random = _signature(function, bounds or {})
         if access == "linear" and random:
             raise ValueError(f"{name}: a linear method draws no random numbers")
+        if kinds and kinds.keys() != {*models, *keyword_models}:
+            raise ValueError(f"{name}: every model needs a kind, or none")
         _REGISTRY[name] = Method(
             name=name,
             function=function,
@@ -116,6 +123,7 @@ def merge_method(
             random=random,
             summary=(inspect.getdoc(function) or "").split("\n", maxsplit=1)[0],
             scratch=scratch,
+            kinds=MappingProxyType(dict(kinds or {})),
         )
         return function
 

@@ -70,6 +70,7 @@ class ModelRef:
     where     file:line
     allow_unmatched  an adapter's tensors that fit nothing in the model are left out, not refused
     dora      how DoRA's norm is read: "trained", as its trainers define it, or "comfy"
+    config    a weightless diffusers folder, for rendering; relative to the recipe's folder
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelRef:
     where: str
     allow_unmatched: bool = False
     dora: Reading = "trained"
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,60 @@ class Output:
 
 
 @dataclass(frozen=True)
+class PromptRef:
+    """One prompt of `render:`; the id is a word for file names."""
+
+    id: str
+    text: str
+    negative: str | None = None
+
+
+@dataclass(frozen=True)
+class RenderRef:
+    """The `render:` of a recipe; what it leaves out is None, and the model says what suits it.
+
+    when     "after_save", "before_save" (a merge that fails its checks is not saved) or "never"
+    against  files to compare with; None: the recipe's models
+    check    run the deeper checks of `ckptools check` too
+    folder   of the pictures; "" for the output's name with "-render"
+    options  further keys: probes, negative, seeds, steps, sampler, guidance, size, clip_skip,
+             image, mask, strength, image_guidance, control, condition, control_scale, config, vae,
+             device, dtype
+    """
+
+    when: str
+    prompts: tuple[PromptRef, ...]
+    against: tuple[str, ...] | None
+    check: bool
+    folder: str
+    options: Mapping[str, object]
+    where: str
+
+
+@dataclass(frozen=True)
+class Publish:
+    """The `publish:` section: where the result goes on the Hub, and what its card says.
+
+    repo      owner/name, or a name of the user's own
+    license   "" inherits the parents'
+    licenses  model -> its licence, where its file does not say
+    hub       model -> owner/name on the Hub, where it came from
+    """
+
+    repo: str = ""
+    public: bool = False
+    branch: str = ""
+    tag: str = ""
+    title: str = ""
+    description: str = ""
+    license: str = ""
+    license_link: str = ""
+    licenses: Mapping[str, str] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that means something: every name is known, every formula has its type.
 
@@ -119,6 +175,7 @@ class Recipe:
     take   component -> model whose tensors are taken byte for byte
     loras  the names of the adapters of `loras:` among the models, in order
     sweep  parameter -> the numbers that `ckptools sweep` tries, in order
+    render  what to draw with the result; None where the recipe does not say
     """
 
     path: Path
@@ -138,7 +195,9 @@ class Recipe:
     compat_where: str = ""
     warnings: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    publish: Publish | None = None
     sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    render: RenderRef | None = None
 
     def file_of(self, model: ModelRef) -> Path:
         """The path of a model, resolved against the recipe's folder; `~` is expanded.
@@ -235,6 +294,72 @@ OUTPUT_KEYS: dict[str, Key] = {
     ),
     "overwrite": Key("Replace an existing output.", _FLAG),
 }
+WHENS = ("after_save", "before_save", "never")
+_RENDER_DTYPES = ("auto", "fp16", "bf16", "fp32")
+_WHOLE: dict[str, object] = {"type": "integer", "minimum": 0}
+_SOME_TEXT: dict[str, object] = {"type": "array", "items": _TEXT, "minItems": 1}
+PROMPT_KEYS: dict[str, Key] = {
+    "prompt": Key("What to draw.", _TEXT, required=True),
+    "negative": Key("What not to draw.", {"type": "string"}),
+    "id": Key("A word for file names.", _TEXT),
+}
+RENDER_KEYS: dict[str, Key] = {
+    "when": Key(
+        "after_save (default), before_save (a merge that fails its checks is not saved) or never.",
+        {"enum": [*WHENS]},
+    ),
+    "prompts": Key(
+        "What to draw. Default: built-in prompts that suit the model.",
+        {
+            "type": "array",
+            "items": {"anyOf": [_TEXT, _object(PROMPT_KEYS)]},
+            "minItems": 1,
+        },
+    ),
+    "probes": Key("Add the built-in prompts to those given.", _FLAG),
+    "negative": Key("What not to draw, for prompts that do not say.", {"type": "string"}),
+    "seeds": Key(
+        "Draw every prompt from each of these.", {"type": "array", "items": _WHOLE, "minItems": 1}
+    ),
+    "steps": Key("Steps of a picture.", {"type": "integer", "minimum": 1, "maximum": 1000}),
+    "sampler": Key("As the web UIs call it, such as DPM++ 2M Karras.", _TEXT),
+    "guidance": Key("Classifier-free guidance.", _NUMBER),
+    "size": Key(
+        "Width and height in pixels, such as 512x768.",
+        {"anyOf": [_TEXT, {"type": "array", "items": _WHOLE, "minItems": 2, "maxItems": 2}]},
+    ),
+    "clip_skip": Key("1: as the model was trained.", {"type": "integer", "minimum": 1}),
+    "image": Key("A picture to start from, to edit or to inpaint.", _TEXT),
+    "mask": Key("What to redraw is white in this picture.", _TEXT),
+    "strength": Key("How much of the image is drawn anew, 0 to 1.", _NUMBER),
+    "image_guidance": Key("Guidance by the image, for editing models.", _NUMBER),
+    "control": Key("A ControlNet to draw with.", _TEXT),
+    "condition": Key("The ControlNet's picture: a file, or a kind that is drawn.", _TEXT),
+    "control_scale": Key("The ControlNet's weight.", _NUMBER),
+    "against": Key(
+        "What to compare with: parents (default), none, or files.",
+        {"anyOf": [{"enum": ["parents", "none"]}, _SOME_TEXT]},
+    ),
+    "check": Key("Run the checks of `ckptools check` too.", _FLAG),
+    "folder": Key("Where the pictures go. Default: the output's name with -render.", _TEXT),
+    "config": Key("A weightless diffusers folder, for models of unusual width.", _TEXT),
+    "vae": Key("Draw with this VAE.", _TEXT),
+    "device": Key("auto, cpu, cuda or mps.", _TEXT),
+    "dtype": Key("Of UNet and text encoders.", {"enum": [*_RENDER_DTYPES]}),
+}
+PUBLISH_KEYS: dict[str, Key] = {
+    "repo": Key("owner/name on the Hub, or a name of your own.", _TEXT),
+    "public": Key("For everybody to see; private otherwise.", _FLAG),
+    "branch": Key("Branch to commit to (default: main).", _TEXT),
+    "tag": Key("Tag to set on the commit.", _TEXT),
+    "title": Key("Heading of the card.", _TEXT),
+    "description": Key("First words of the card.", _TEXT),
+    "license": Key("Identifier of the licence; inherited where all parents agree.", _TEXT),
+    "license_link": Key("Address of the licence's text.", _TEXT),
+    "licenses": Key("Model to licence, where its file does not say.", _map_of(_TEXT)),
+    "hub": Key("Model to owner/name on the Hub, where it came from.", _map_of(_TEXT)),
+    "tags": Key("Tags of the card.", {"type": "array", "items": _TEXT}),
+}
 TOP_KEYS: dict[str, Key] = {
     "ckptools": Key("Version of the recipe language.", {"const": SCHEMA_VERSION}, required=True),
     "models": Key(
@@ -256,8 +381,13 @@ TOP_KEYS: dict[str, Key] = {
     ),
     "take": Key("Component to model: taken byte for byte.", _map_of(_TEXT, minProperties=1)),
     "output": Key("The file to write.", _object(OUTPUT_KEYS), required=True),
-    "render": Key("Test render (not in this version).", {"type": "object"}),
-    "publish": Key("Upload to the Hub (not in this version).", {"type": "object"}),
+    "render": Key(
+        "Draw test pictures of the result and check them.",
+        {"anyOf": [_FLAG, _object(RENDER_KEYS)]},
+    ),
+    "publish": Key(
+        "Where `ckptools publish` uploads to, and what the card says.", _object(PUBLISH_KEYS)
+    ),
     "sweep": Key(
         "Parameter to the numbers that `ckptools sweep` tries: a list, or first:last:step.",
         _map_of(
@@ -269,7 +399,6 @@ TOP_KEYS: dict[str, Key] = {
     "seed": Key("Seed of the methods that draw random numbers.", {"type": "integer", "minimum": 0}),
     "compat": Key("Another tool's mapping of block weights.", _TEXT),
 }
-_LATER = ("render", "publish")
 
 
 def recipe_schema() -> dict[str, object]:
@@ -483,13 +612,11 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     _check_tags(reader, root)
     keys = reader.known(root, "the recipe", TOP_KEYS)
     _check_version(reader, keys.get("ckptools"))
-    for name in _LATER:
-        if name in keys:
-            reader.error(keys[name], f"`{name}:` is not in this version", f"remove `{name}:`")
     models = _models(reader, keys.get("models"))
     params = _params(reader, keys.get("params"), overrides or {}, models)
     loras, weights = _loras(reader, keys.get("loras"))
     sweep = _sweep(reader, keys.get("sweep"), params | weights)
+    render = _render(reader, keys.get("render"))
     output = _output(reader, keys.get("output"))
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
     compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
@@ -499,6 +626,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     )
     base = _model_name(reader, keys.get("base"), "base", models)
     take = _take(reader, keys.get("take"), models)
+    publish = _publish(reader, keys.get("publish"), {*models, *loras})
     scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
     scope = _lets(reader, keys.get("let"), scope)
     merge = _formula(reader, keys.get("merge"), "merge", scope)
@@ -532,7 +660,9 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
         warnings=warnings,
         loras=tuple(loras),
+        publish=publish,
         sweep=MappingProxyType(sweep),
+        render=render,
     )
 
 
@@ -615,17 +745,16 @@ def _model(reader: _Reader, name: str, fields: Mapping[str, yaml.Node], where: s
             reader.error(fields["path"], exc.what, exc.fix)
     elif "revision" in fields:
         reader.error(fields["revision"], "`revision` is for hf:// sources", "remove it")
-    if "config" in fields:
-        reader.error(fields["config"], "`config` is not in this version", "remove `config:`")
     unmatched = fields.get("allow_unmatched")
     dora = _one_of(reader, fields.get("dora"), "dora", DORAS)
     return ModelRef(
         name=name,
-        path=text.get("path", ""),
+        path=path,
         sha256=sha256,
         where=where,
         allow_unmatched=unmatched is not None and reader.flag(unmatched, "allow_unmatched"),
         dora="comfy" if dora == "comfy" else "trained",
+        config=text.get("config", ""),
     )
 
 
@@ -875,6 +1004,44 @@ def _take(
     }
 
 
+def _publish(
+    reader: _Reader, node: yaml.Node | None, models: Collection[str]
+) -> Publish | None:
+    if node is None:
+        return None
+    keys = reader.known(node, "publish", PUBLISH_KEYS)
+    named: dict[str, dict[str, str]] = {"licenses": {}, "hub": {}}
+    for key, found in named.items():
+        if key not in keys:
+            continue
+        for model, (where, value) in reader.mapping(keys[key], key).items():
+            if model not in models:
+                reader.error(where, f"{key}: unknown model {model!r}", nearest(model, models))
+            found[model] = reader.text(value, f"{key} {model!r}") or ""
+    tags = keys.get("tags")
+    if tags is not None and not isinstance(tags, yaml.SequenceNode):
+        reader.error(tags, f"tags must be a list, it is {_shape(tags)}", "write [art, anime]")
+
+    def text(key: str) -> str:
+        return reader.text(keys[key], key) or "" if key in keys else ""
+
+    return Publish(
+        repo=text("repo"),
+        branch=text("branch"),
+        tag=text("tag"),
+        title=text("title"),
+        description=text("description"),
+        license=text("license"),
+        license_link=text("license_link"),
+        public="public" in keys and reader.flag(keys["public"], "public"),
+        licenses=MappingProxyType(named["licenses"]),
+        hub=MappingProxyType(named["hub"]),
+        tags=tuple(reader.text(item, "a tag") or "" for item in tags.value)
+        if isinstance(tags, yaml.SequenceNode)
+        else (),
+    )
+
+
 def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
     if node is None:
         return None
@@ -955,3 +1122,111 @@ def _unused(
         if name not in used and name not in other_models
     ]
     return tuple(f"{where}: {what} is not used" for where, what in unused)
+
+
+# --- render ------------------------------------------------------------------------------------
+
+_PICTURE_SIZE = re.compile(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*\Z")
+
+
+def _render(reader: _Reader, node: yaml.Node | None) -> RenderRef | None:
+    """`render: true` draws with every default; `false` is as good as nothing."""
+    if node is None:
+        return None
+    where = reader.where(node)
+    if isinstance(node, yaml.ScalarNode) and not _is_null(node):
+        wanted = reader.flag(node, "render")
+        return RenderRef("after_save", (), None, False, "", {}, where) if wanted else None
+    keys = reader.known(node, "render", RENDER_KEYS)
+    options: dict[str, object] = {}
+    for name, item in keys.items():
+        value = _render_option(reader, name, item)
+        if value is not None:
+            options[name] = value
+    return RenderRef(
+        when=_one_of(reader, keys.get("when"), "time to render", WHENS) or "after_save",
+        prompts=_prompts(reader, keys.get("prompts")),
+        against=_against(reader, keys.get("against")),
+        check="check" in keys and reader.flag(keys["check"], "check"),
+        folder=(reader.text(keys["folder"], "folder") if "folder" in keys else "") or "",
+        options=MappingProxyType(options),
+        where=where,
+    )
+
+
+def _render_option(reader: _Reader, name: str, node: yaml.Node) -> object:
+    """The value of one plain key of `render:`; None for those that are read elsewhere."""
+    match name:
+        case "when" | "prompts" | "against" | "check" | "folder":
+            return None
+        case "probes":
+            return reader.flag(node, name)
+        case "negative":
+            return str(node.value) if isinstance(node, yaml.ScalarNode) else reader.text(node, name)
+        case "seeds":
+            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            if not items:
+                reader.error(node, "seeds is empty", "such as [1, 2]")
+            seeds = [reader.whole(item, "a seed", 2**63 - 1) for item in items]
+            return tuple(seed for seed in seeds if seed is not None)
+        case "steps" | "clip_skip":
+            number = reader.whole(node, name, 1000)
+            if number == 0:
+                reader.error(node, f"{name} must be 1 at least", "such as 20")
+            return number
+        case "guidance" | "strength" | "image_guidance" | "control_scale":
+            return reader.number(node, name)
+        case "dtype":
+            return _one_of(reader, node, "dtype to draw with", _RENDER_DTYPES) or None
+        case "size":
+            return _picture_size(reader, node)
+        case _:
+            return reader.text(node, name)
+
+
+def _picture_size(reader: _Reader, node: yaml.Node) -> tuple[int, int] | None:
+    """(width, height) of `512x768` or [512, 768]."""
+    if isinstance(node, yaml.SequenceNode) and len(node.value) == 2:
+        sides = [reader.whole(item, "a side", 99_999) for item in node.value]
+        return (sides[0] or 0, sides[1] or 0)
+    found = _PICTURE_SIZE.match(node.value) if isinstance(node, yaml.ScalarNode) else None
+    if found is None:
+        reader.error(node, f"size must be width x height, it is {_shape(node)}", "such as 512x768")
+        return None
+    return int(found[1]), int(found[2])
+
+
+def _prompts(reader: _Reader, node: yaml.Node | None) -> tuple[PromptRef, ...]:
+    if node is None:
+        return ()
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        reader.error(
+            node, f"prompts must be a list, it is {_shape(node)}", 'such as ["a red circle"]'
+        )
+        return ()
+    made: list[PromptRef] = []
+    for number, item in enumerate(node.value, start=1):
+        fields = {"prompt": item}
+        if isinstance(item, yaml.MappingNode):
+            fields = reader.known(item, f"prompt {number}", PROMPT_KEYS)
+        text = reader.text(fields["prompt"], f"prompt {number}") if "prompt" in fields else ""
+        own = reader.text(fields["id"], "id") if "id" in fields else ""
+        negative = fields.get("negative")
+        made.append(
+            PromptRef(
+                own or f"prompt{number}",
+                text or "",
+                str(negative.value) if isinstance(negative, yaml.ScalarNode) else None,
+            )
+        )
+        if [each.id for each in made].count(made[-1].id) > 1:
+            reader.error(item, f"two prompts are called {made[-1].id!r}", "give one another id")
+    return tuple(made)
+
+
+def _against(reader: _Reader, node: yaml.Node | None) -> tuple[str, ...] | None:
+    """Files; None for the recipe's models."""
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(reader.text(item, "a file of `against`") or "" for item in node.value)
+    word = reader.text(node, "against") if node is not None else "parents"
+    return {"parents": None, "none": ()}.get(word or "parents", (word or "",))

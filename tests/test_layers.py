@@ -35,8 +35,8 @@ LAYERS = (
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "check", "hub"},
-    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "checking"},
-    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_check"},
+    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "checking", "reproduce"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_check", "report_sources"},
     {"cli"},
     {"__main__"},
 )
@@ -210,6 +210,7 @@ print(code, *sorted(heavy & {{name.split(".")[0] for name in sys.modules}}), fil
         ["schema"],
         ["hash", "RECIPE", "--no-cache"],
         ["verify", "MODEL"],
+        ["lock", "RECIPE"],
         ["inspect", "MODEL"],
         ["inspect", "MODEL", "--json", "--tensors", "*time_embed*"],
         ["plan", "RECIPE"],

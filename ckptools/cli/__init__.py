@@ -19,8 +19,8 @@ import click
 from ckptools.errors import CkptError
 
 _COMMANDS = (
-    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "hash", "convert", "lora",
-    "methods", "families", "demo", "schema",
+    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "check", "hash", "convert",
+    "lora", "lock", "reproduce", "methods", "families", "demo", "schema",
 )  # fmt: skip
 # A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
 _TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))

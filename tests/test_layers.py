@@ -34,9 +34,9 @@ LAYERS = (
     },
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
-    {"verify", "render", "check", "hub"},
-    {"workflow", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "checking", "reproduce"},
-    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_check", "report_sources"},
+    {"verify", "render", "variants", "check", "hub"},
+    {"workflow", "sweep", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "checking", "reproduce"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_sweep", "report_check", "report_sources"},
     {"cli"},
     {"__main__"},
 )

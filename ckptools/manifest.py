@@ -300,6 +300,7 @@ def manifest_document(
                 "sha256": sha256s.get(source.name),
                 "family": source.detection.family,
                 "variant": source.detection.variant,
+                "license": _public(source).get("modelspec.license"),
             }
             for source in plan.sources
         ],

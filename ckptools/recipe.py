@@ -1004,9 +1004,7 @@ def _take(
     }
 
 
-def _publish(
-    reader: _Reader, node: yaml.Node | None, models: Collection[str]
-) -> Publish | None:
+def _publish(reader: _Reader, node: yaml.Node | None, models: Collection[str]) -> Publish | None:
     if node is None:
         return None
     keys = reader.known(node, "publish", PUBLISH_KEYS)

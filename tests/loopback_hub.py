@@ -85,6 +85,7 @@ class Repo:
 
     def commit_of(self, revision: str) -> Commit | None:
         """The commit that a branch, tag, pull request or (full) commit id names."""
+        revision = "main" if revision == "HEAD" else revision
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         pull = re.fullmatch(r"refs/pr/(\d+)", revision)
         oid = self.pulls.get(int(pull[1])) if pull else None

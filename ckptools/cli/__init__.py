@@ -20,7 +20,7 @@ from ckptools.errors import CkptError
 
 _COMMANDS = (
     "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "check", "hash", "convert",
-    "lora", "lock", "reproduce", "sweep", "methods", "families", "demo", "schema",
+    "lora", "lock", "reproduce", "sweep", "publish", "card", "methods", "families", "demo", "schema",
 )  # fmt: skip
 # A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
 _TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))

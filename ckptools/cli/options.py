@@ -69,3 +69,23 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
             fix=f"write {str(output) + '.safetensors'!r}",
         )
     return replace(loaded, output=replace(loaded.output, path=str(output.absolute())))
+
+
+def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:
+    """(the model's file or folder, what is to be done with it) for `publish` and `card`.
+
+    A recipe stands for its output, and its `publish:` for options that are not given.
+    """
+    from dataclasses import replace
+
+    from ckptools.publication import Order, order_of
+    from ckptools.recipe import load_recipe
+
+    order, path = Order(), source
+    if source.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(source)
+        order, path = order_of(recipe), recipe.output_path
+        if recipe.output.shard_bytes and not path.exists():
+            path = path.with_name(path.name + ".index.json")
+    given = {"license" if name == "license_" else name: value for name, value in options.items()}
+    return path, replace(order, **{name: value for name, value in given.items() if value})

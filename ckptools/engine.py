@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ckptools.errors import NonFiniteError
-from ckptools.lora.bake import bake_change, delta_elements
+from ckptools.lora.bake import bake_module, by_module, delta_elements
 from ckptools.methods import load_methods
 from ckptools.program import (
     Apply,
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 BLOCK = 1 << 17
 SPAN_BYTES = 1 << 21
 BUFFERS_PER_WORKER = 4
+
+Parts = tuple[tuple[str, Read], ...]
 
 
 class Source(Protocol):
@@ -224,12 +226,13 @@ def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:
 class Scratch:
     """One worker's memory: a buffer per read, and a stack of blocks to compute in.
 
-    parts  the adapter module that was loaded last: what identifies it, and its tensors
+    parts  of the adapter modules that go into the tensor that was worked on last
     """
 
     def __init__(self) -> None:
         self.inputs: list[Buffer] = []
-        self.parts: tuple[object, dict[str, Tensor]] = (None, {})
+        self.parts: dict[Parts, dict[str, Tensor]] = {}
+        self._task: Task | None = None
         self._blocks: dict[torch.dtype, list[Tensor]] = {}
 
     def input(self, number: int) -> Buffer:
@@ -244,6 +247,11 @@ class Scratch:
         while len(blocks) <= depth:
             blocks.append(torch.empty(BLOCK, dtype=dtype))
         return blocks[depth] if length == BLOCK else blocks[depth][:length]
+
+    def turn_to(self, task: Task) -> None:
+        """Give back the adapter's parts if they were another tensor's."""
+        if self._task is not task:
+            self._task, self.parts = task, {}
 
     def shrink(self) -> None:
         """Give back what whole tensors took."""
@@ -483,6 +491,7 @@ class Engine:
             self._read(read, piece.begin, data.data)
             inputs.append(as_tensor(data, read.spec.dtype))
         shape = piece.task.spec.shape
+        scratch.turn_to(piece.task)
         for changes in program.deltas:
             parts = [self._parts(change, program.precision, scratch) for change in changes]
             inputs.append(delta_elements(changes, parts, shape, piece.begin, piece.end))
@@ -529,9 +538,9 @@ class Engine:
             self._check_inputs(task, inputs)
 
         def bake(node: Bake, weight: Tensor) -> Tensor:
-            for change in node.changes:
-                parts = self._parts(change, program.precision)
-                bake_change(change, parts, weight, node.strength)
+            for changes in by_module(node.changes):
+                parts = self._parts(changes[0], program.precision)
+                bake_module(changes, parts, weight, node.strength)
             if any(True for _ in applied_in(program.mix)):
                 self._check_inputs(task, [weight])
             return weight
@@ -547,9 +556,8 @@ class Engine:
 
         Kept in the scratch while one tensor is worked on: its pieces share them.
         """
-        key = (precision, *(read for _, read in change.parts))
-        if scratch is not None and scratch.parts[0] == key:
-            return scratch.parts[1]
+        if scratch is not None and change.parts in scratch.parts:
+            return scratch.parts[change.parts]
         parts = {}
         for part, read in change.parts:
             values = self._load(read)
@@ -557,7 +565,7 @@ class Engine:
                 values = values.to(torch_dtype(precision), copy=True)
             parts[part] = values
         if scratch is not None:
-            scratch.parts = (key, parts)
+            scratch.parts[change.parts] = parts
         return parts
 
     def _load(self, read: Read) -> Tensor:

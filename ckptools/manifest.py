@@ -130,6 +130,31 @@ def _file_entry(source: Source, sha256s: Mapping[str, str]) -> dict[str, object]
         entry["allow_unmatched"] = True
     if source.ref.dora != "trained":
         entry["dora"] = source.ref.dora
+# The keys of PEFT's config that a change depends on, or that say what was trained.
+_CONFIG_KEYS = (
+    "peft_type", "r", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern",
+    "alpha_pattern", "target_modules", "feedforward_modules", "use_cayley_neumann",
+    "num_cayley_neumann_terms", "coft", "eps", "block_share",
+)  # fmt: skip
+
+
+def _config_entry(source: Source) -> dict[str, object]:
+    """What counts of the adapter_config.json beside an adapter: another file, that may be lost."""
+    told = {
+        key: source.config[key]
+        for key in _CONFIG_KEYS
+        if key in source.config and _is_public_json(source.config[key])
+    }
+    return {"adapter_config": told} if told else {}
+
+
+def _is_public_json(value: object) -> bool:
+    try:
+        return not names_local_path(_compact(value))
+    except ValueError:  # NaN and Infinity, which Python reads
+        return False
+
+
     return entry
 
 
@@ -299,6 +324,7 @@ def manifest_document(
                 "header_sha256": source.checkpoint.header_sha256,
                 "sha256": sha256s.get(source.name),
                 "family": source.detection.family,
+            | _config_entry(source)
                 "variant": source.detection.variant,
                 "license": _public(source).get("modelspec.license"),
             }

@@ -76,7 +76,10 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 PROCESS_BYTES = 240_000_000
 WORKER_BYTES = 14_000_000
 _ADAPTER_KINDS = {"lora", "embedding"}
+_READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
+_SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
+_DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
 
 
@@ -87,6 +90,7 @@ class Source:
     names    canonical tensor name -> the name it has in this file
     doubles  (name left out, name used) of tensors that the file has under two spellings
     adapter  the file's modules, where it stands in the recipe as an adapter
+    config   PEFT's adapter_config.json beside it, {} where there is none
     is_guest  whether it stands where a method takes models of another kind than it gives: then
               the checkpoint is a view of what the result is a copy of, under the result's names
     notes    what is worth a line about it
@@ -98,6 +102,7 @@ class Source:
     names: Mapping[str, str]
     doubles: tuple[tuple[str, str], ...] = ()
     adapter: AdapterFile | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
     is_guest: bool = False
     notes: tuple[str, ...] = ()
 
@@ -262,9 +267,9 @@ class Plan:
     @cached_property
     def peak_bytes(self) -> int:
         """Predicted peak of the process's memory."""
-        reads = max((len(reads_of(step.program)) for step in self.steps), default=0)
-        workers = self.threads * (WORKER_BYTES + reads * 3_000_000)
-        return PROCESS_BYTES + workers + max(map(_whole_bytes, self.steps), default=0)
+        worker = WORKER_BYTES + max(map(_worker_bytes, self.steps), default=0)
+        whole = max(map(_whole_bytes, self.steps), default=0)
+        return PROCESS_BYTES + self.threads * worker + whole
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -281,16 +286,47 @@ class Plan:
 def _whole_bytes(step: Step) -> int:
     """Memory for a tensor that a method needs as a whole, in bytes; 0 where none does."""
     program = step.program
+    wide = program.deltas if isinstance(program, Widen) else ()
     if isinstance(program, Widen):
-        program = program.common
+        program = replace(program.common, whole=True)
     if not isinstance(program, Compute) or not program.whole:
         return 0
-    width = 4 if program.precision == "F32" else 8
+    width = _width(program)
     methods = load_methods()
     scratches = [methods[node.method].scratch for node in applied_in(program.mix)]
     scratch = max([*scratches, *(_BAKE_SCRATCH for _ in baked_in(program.mix))], default=1)
     stored = sum(read.spec.nbytes for read in program.reads) + 2 * step.spec.nbytes
-    return stored + (len(program.reads) + scratch) * step.spec.numel * width
+    deltas = (*program.deltas, *(changes for _, changes in wide))
+    groups = (*deltas, *((change,) for bake in baked_in(program.mix) for change in bake.changes))
+    copies = len(program.reads) + len(deltas) + max(scratch, _DELTA_SCRATCH * bool(deltas))
+    parts = max((_parts_bytes(changes, width) for changes in groups), default=0)
+    return stored + copies * step.spec.numel * width + parts
+
+
+def _worker_bytes(step: Step) -> int:
+    """Memory of each worker for a tensor that is made span by span, in bytes."""
+    program = step.program
+    if not isinstance(program, Compute) or program.whole:
+        return _READ_BYTES * len(reads_of(program))
+    reads = _READ_BYTES * len(program.reads)
+    if not program.deltas:
+        return reads
+    width = _width(program)
+    parts = _parts_bytes([change for delta in program.deltas for change in delta], width)
+    span = min(step.spec.numel, _SPAN_BYTES * step.spec.numel // step.spec.nbytes) * width
+    return reads + parts + (len(program.deltas) + _DELTA_SCRATCH) * span
+
+
+def _parts_bytes(changes: Sequence[Change], width: int) -> int:
+    """Memory for an adapter's tensors in numbers of so many bytes, and one as it is stored."""
+    reads = [read for change in changes for _, read in change.parts]
+    held = sum(read.spec.numel * width for read in reads)
+    return held + max((read.spec.nbytes for read in reads), default=0)
+
+
+def _width(program: Compute) -> int:
+    """Bytes of a number in the precision of the arithmetic."""
+    return 4 if program.precision == "F32" else 8
 
 
 @dataclass(frozen=True)
@@ -482,13 +518,13 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
                 f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
                 fix="bake() takes a model and an adapter",
             )
-        adapter = group(
-            checkpoint, checkpoint.metadata, config=json_beside(checkpoint.path, PEFT_CONFIG)
-        )
+        config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
+        adapter = group(checkpoint, checkpoint.metadata, config=config)
     except BaseException:
         checkpoint.close()
         raise
-    return Source(ref, checkpoint, detection, MappingProxyType({}), adapter=adapter)
+    names: Mapping[str, str] = MappingProxyType({})
+    return Source(ref, checkpoint, detection, names, adapter=adapter, config=config)
 
 
 def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -358,6 +361,43 @@ TEXT = f"{CLIP}encoder.layers.3.mlp.fc1.weight"
 OUT = f"{UNET}output_blocks.9.1.transformer_blocks.0.attn2.to_k.weight"
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(
+        tmp_path_factory.mktemp("flux") / "F.safetensors", shrunk("flux", 64), seed=4
+    )
+
+
+HALVES: dict[str, Parts] = {
+    "lora": {"lora_up.weight": noise(96, 2), "lora_down.weight": noise(2, 48)},
+    "dora": {"lora_up.weight": noise(96, 2), "lora_down.weight": noise(2, 48),
+             "dora_scale": 1 + noise(1, 48)},
+    "oft": {"oft_blocks": noise(2, 48, 48, size=0.05)},
+    "boft": {"oft_blocks": noise(2, 24, 4, 4, size=0.05)},  # mixes rows of both halves
+    "diff": {"diff": noise(96, 48), "diff_b": noise(96)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_weight_whose_halves_diffusers_swaps_is_changed_as_diffusers_has_it(
+    kind: str, flux: Path, tmp_path: Path
+) -> None:
+    stem = "transformer.norm_out.linear"
+    tensor = f"{UNET}final_layer.adaLN_modulation.1"
+    path = adapter(tmp_path, {f"{stem}.{part}": t for part, t in HALVES[kind].items()})
+    before = load_file(flux)
+    changed = [f"{tensor}.weight", *[f"{tensor}.bias"] * ("diff_b" in HALVES[kind])]
+
+    result = baked(tmp_path, {"F": flux}, "F", loras=[{"path": path, "weight": 0.7}])
+
+    for name in changed:
+        swapped = before[name].roll(48, 0)  # rows of shift, then scale; diffusers: scale first
+        exact = oracle(path, stem, swapped, strength=0.7, bias=name.endswith("bias")).roll(48, 0)
+        assert float((exact - before[name].double()).abs().max()) > 0.01
+        assert_rounded(result[name], exact)
+    untouched(result, flux, *changed)
+
+
 def wide_lora(folder: Path, models: Mapping[str, Path], name: str = "lora", seed: int = 0) -> Path:
     """A LoRA for a block at either end of the UNet, and for the text encoder."""
     shapes = {key: tuple(t.shape) for key, t in load_file(models["A"]).items()}
@@ -679,6 +719,50 @@ def test_the_bytes_do_not_depend_on_threads(larger: tuple[Path, Path], tmp_path:
     assert files[0] == files[1] == files[2]
 
 
+_MEASURED = """
+import sys
+from pathlib import Path
+from ckptools.recipe import load_recipe
+from ckptools.workflow import merge
+plan = merge(load_recipe(Path(sys.argv[1])), threads=2).plan
+status = Path("/proc/self/status").read_text()
+print(plan.peak_bytes, 1024 * int(status.split("VmHWM:")[1].split()[0]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_predicted_memory_counts_the_adapters(
+    kind: str, larger: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Factors of 46 MB in fp32, which a worker holds: more than all that a plain merge takes."""
+    layer = f"{UNET}input_blocks.7.1.transformer_blocks.0.ff.net.0.proj"
+    rows, columns, rank = 2560, 320, 4000
+    tensors = lora("lora_unet_" + layer.removeprefix(UNET).replace(".", "_"), rows, columns,
+                   rank=rank)  # fmt: skip
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    if kind == "dora":
+        stem = next(iter(tensors)).partition(".")[0]
+        tensors[f"{stem}.dora_scale"] = torch.ones(rows, 1).half()
+    path = adapter(tmp_path, tensors)
+
+    def peaks(**more: object) -> tuple[int, int]:
+        recipe = recipe_file(tmp_path, {"A": larger[0]}, "A", **more)
+        run = subprocess.run(
+            [sys.executable, "-c", _MEASURED, str(recipe)],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        predicted, measured = map(int, run.stdout.split())
+        return predicted, measured
+
+    (plain, plain_measured), (predicted, measured) = peaks(), peaks(loras=[path])
+
+    factors = (rows + columns) * rank * 4
+    assert measured - plain_measured > factors
+    assert measured <= predicted
+    assert predicted - plain < 4 * (measured - plain_measured)
+
+
 # --- scales --------------------------------------------------------------------------------------
 
 
@@ -719,6 +803,28 @@ def test_alpha_from_tensors_and_from_pefts_config(
     assert_rounded(result[TENSOR_K], before.double() + scale * (up.double() @ down.double()))
     assert plan.bakings[0].used_scales == (scale,)
     assert any("have no alpha" in note for note in plan.notes) == (alpha is None and not config)
+
+
+def test_the_manifest_keeps_what_counts_of_a_config_beside_an_adapter(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    counts = {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["to_k"],
+              "rank_pattern": {".*to_q": 8}, "peft_type": "LORA"}  # fmt: skip
+    private = {"base_model_name_or_path": "/home/somebody/model", "alpha_pattern": {"/home/x/y": 1}}
+    config = json.dumps(counts | private | {"eps": math.nan, "lora_dropout": 0.1})
+    (tmp_path / "adapter_config.json").write_text(config)
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{module}.lora_A.weight": noise(4, 24), f"{module}.lora_B.weight": noise(10, 4)}
+    loras = [adapter(tmp_path, tensors)]
+    recipe = recipe_file(tmp_path, models_of(models, "A"), "A", loras=loras)
+
+    result = merge(load_recipe(recipe), hash_inputs=True)
+
+    model, lora_entry = json.loads(result.manifest.read_text("utf-8"))["inputs"]
+    assert "adapter_config" not in model
+    assert lora_entry["adapter_config"] == counts
+    assert lora_entry["sha256"] == hashlib.sha256(loras[0].read_bytes()).hexdigest()
+    assert lora_entry["bytes"] == loras[0].stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def change_norm(adapter: Adapter, places: Sequence[Placed], weight: Tensor) -> f
 
     weight  the whole tensor, fp32 or fp64; it stays as it is
     """
-    from ckptools.lora.bake import bake_change, delta_elements
+    from ckptools.lora.bake import bake_module, by_module, delta_elements
 
     changes = [
         Change(
@@ -209,7 +209,8 @@ def change_norm(adapter: Adapter, places: Sequence[Placed], weight: Tensor) -> f
         return float(delta.double().norm())
     before = weight.double()  # fp32 would lose small changes in the difference
     after = before.clone()
-    for change, own in zip(changes, parts, strict=True):
-        wide = {part: t.double() if t.is_floating_point() else t for part, t in own.items()}
-        bake_change(change, wide, after, 1.0)
+    for own in by_module(changes):
+        found = parts[changes.index(own[0])]
+        wide = {part: t.double() if t.is_floating_point() else t for part, t in found.items()}
+        bake_module(own, wide, after, 1.0)
     return float((after - before).norm())

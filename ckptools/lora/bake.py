@@ -6,6 +6,8 @@ Pure: tensors in, tensors out. Must not know files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ckptools.lora import bake_bias, bake_weight
@@ -61,30 +63,39 @@ def delta_elements(
     return total.view(-1)[begin - first * width : end - first * width]
 
 
-def bake_change(
-    change: Change, parts: Mapping[str, Tensor], weight: Tensor, strength: float
-) -> None:
-    """Change a tensor in place: the weight or the bias that the change's target names.
+def by_module(changes: Sequence[Change]) -> list[tuple[Change, ...]]:
+    """The changes in their order, those of one module's halves together."""
+    return [tuple(own) for _, own in groupby(changes, key=lambda change: change.module.name)]
 
+
+def bake_module(
+    changes: Sequence[Change], parts: Mapping[str, Tensor], weight: Tensor, strength: float
+) -> None:
+    """Change a tensor in place: the weight or the bias that a module's targets name.
+
+    changes   one; or one per half, where the tensor has the module's halves the other way round:
+              the module then sees its weight whole, in its own order
+    parts     of the module, canonical part -> tensor
     weight    the whole tensor, fp32 or fp64
     strength  the user's
     """
-    target = change.target
-    if change.bias:
-        rows = slice(*target.rows) if target.rows else slice(None)
-        own = weight[rows]
-        own.copy_(
-            bake_bias(change.module, own.clone(), parts, scale=change.scale, strength=strength)
-        )
-        return
-    held = weight[target.index(change.shape)]
-    seen = held.T if target.op == "transpose" else held
-    result = bake_weight(
-        change.module,
-        seen.reshape(change.shape).clone(),
-        parts,
-        scale=change.scale,
-        strength=strength,
-        dora=change.dora,
-    )
-    seen.copy_(result.reshape(seen.shape))
+    import torch
+
+    first = changes[0]
+    held = [weight[_index(change)] for change in changes]
+    if first.target.op == "transpose" and not first.bias:
+        held = [part.T for part in held]
+    order = sorted(range(len(held)), key=lambda i: changes[i].target.part or (0, 0))
+    seen = torch.cat([held[i] for i in order])  # a copy, in the module's order
+    rows = [held[i].shape[0] for i in order]
+    bake = bake_bias if first.bias else partial(bake_weight, dora=first.dora)
+    own = seen if first.bias else seen.reshape(first.shape)
+    result = bake(first.module, own, parts, scale=first.scale, strength=strength)
+    for i, values in zip(order, result.reshape(seen.shape).split(rows), strict=True):
+        held[i].copy_(values)
+
+
+def _index(change: Change) -> tuple[slice, ...]:
+    """Where in its tensor a change goes; a bias has rows only."""
+    index = change.target.index(change.shape)
+    return index[:1] if change.bias else index

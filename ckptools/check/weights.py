@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptools.check.verdicts import Check, held
-from ckptools.family import Family, detect, family_of
+from ckptools.family import UNKNOWN, Family, detect, family_of
 from ckptools.measure import (
     Gram,
     Row,
@@ -101,21 +101,19 @@ def check_weights(
     model: Weights, parents: Mapping[str, Weights] | None = None, *, threads: int = 2
 ) -> WeightsFound:
     """Names, NaN, range, norms and kin of a model, against its parents where they are given."""
-    family = family_of(detect(_specs(model), model.metadata))
+    detected = (detect(_specs(each), each.metadata) for each in (model, *(parents or {}).values()))
+    # a damaged model may not be recognised: then its parents say what it is
+    family = next((family_of(one) for one in detected if one.family), UNKNOWN)
     ours = _opened("", model, family)
     theirs = [_opened(name, weights, family) for name, weights in (parents or {}).items()]
     values = measure_values(rows_of([model], ours.own.values()), threads=threads)
-    checks = [*_finite(values, model), _range(values, model)]
+    checks = [_finite(values), _range(values)]
     if not theirs:
         return WeightsFound(tuple(checks))
-    their_values = [
-        measure_values(rows_of([each.weights], each.own.values()), threads=threads)
-        for each in theirs
-    ]
-    kin = _kin(ours, theirs, family, threads)
+    grams = _grams(ours, theirs, threads)
+    kin = _kin(grams, theirs, family, ours)
     checks.insert(0, _names(ours, theirs))
-    checks += [_zeros(ours, values, theirs, their_values)]
-    checks += [_norms(ours, values, theirs, their_values, family), *_kin_checks(kin)]
+    checks += [_zeros(ours, values, grams), _norms(ours, grams, family), *_kin_checks(kin)]
     return WeightsFound(tuple(checks), kin)
 
 
@@ -135,17 +133,17 @@ def _opened(name: str, weights: Weights, family: Family) -> _Model:
 # --- one model ----------------------------------------------------------------------------------
 
 
-def _finite(values: Mapping[str, Values], model: Weights) -> Iterator[Check]:
+def _finite(values: Mapping[str, Values]) -> Check:
     bad = {name: one for name, one in values.items() if one.nan or one.inf}
     count = sum(one.nan + one.inf for one in bad.values())
     reason = f"all {sum(one.count for one in values.values()):,} values are numbers"
     if bad:
         shown = [f"{one.nan:,} NaN and {one.inf:,} Inf in {name}" for name, one in bad.items()]
         reason = _listed(shown)
-    yield held("weights.finite", count, warn=0, fail=0, reason=reason, tensors=list(bad))
+    return held("weights.finite", count, warn=0, fail=0, reason=reason, tensors=list(bad))
 
 
-def _range(values: Mapping[str, Values], model: Weights) -> Check:
+def _range(values: Mapping[str, Values]) -> Check:
     """fp16 is what most tools load weights as, whatever they are stored as."""
     sizes = {name: max(one.max, -one.min) for name, one in values.items() if one.finite}
     large = [name for name, size in sizes.items() if size > F16_MAX]
@@ -175,81 +173,67 @@ def _names(ours: _Model, theirs: Sequence[_Model]) -> Check:
     return Check("weights.names", 0, 0, "pass", f"{len(ours.own):,} tensors, as in the parents")
 
 
-def _zeros(
-    ours: _Model,
-    values: Mapping[str, Values],
-    theirs: Sequence[_Model],
-    their_values: Sequence[Mapping[str, Values]],
-) -> Check:
+def _grams(ours: _Model, theirs: Sequence[_Model], threads: int) -> dict[str, Gram]:
+    """Products of the model and its parents, of every tensor that all of them have."""
+    rows = []
+    for usual, tensor in ours.own.items():
+        if all(usual in each.own for each in theirs):
+            reads = ((ours.weights, tensor), *((m.weights, m.own[usual]) for m in theirs))
+            row = Row(usual, reads)
+            if common_shape(row.specs) is not None:
+                rows.append(row)
+    return measure_gram(rows, threads=threads)
+
+
+def _zeros(ours: _Model, values: Mapping[str, Values], grams: Mapping[str, Gram]) -> Check:
     """A tensor of zeros where no parent has one: something was lost on the way."""
-    lost = [
-        tensor
-        for usual, tensor in ours.own.items()
-        if _is_zero(values.get(tensor))
-        and not any(
-            _is_zero(found.get(each.own.get(usual, "")))
-            for each, found in zip(theirs, their_values, strict=True)
-        )
-    ]
+    lost = []
+    for usual, gram in grams.items():
+        own = values[ours.own[usual]]
+        if own.count and own.zeros == own.count and np.diag(gram.matrix)[1:].all():
+            lost.append(ours.own[usual])
     reason = "none is all zero but where a parent's is"
     if lost:
         reason = f"{len(lost):,} tensors are all zero, the parents' are not: {_listed(lost)}"
     return held("weights.zeros", len(lost), warn=0, fail=0, reason=reason, tensors=lost)
 
 
-def _is_zero(values: Values | None) -> bool:
-    return values is not None and values.count > 0 and values.zeros == values.count
-
-
-def _norms(
-    ours: _Model,
-    values: Mapping[str, Values],
-    theirs: Sequence[_Model],
-    their_values: Sequence[Mapping[str, Values]],
-    family: Family,
-) -> Check:
+def _norms(ours: _Model, grams: Mapping[str, Gram], family: Family) -> Check:
     """The block whose norm is farthest out of the parents' range, as a factor of 1 and more."""
-    ours_by = _block_norms(ours, values, family)
-    theirs_by = [
-        _block_norms(each, found, family) for each, found in zip(theirs, their_values, strict=True)
-    ]
+    squares: dict[str, NDArray[np.float64]] = {}
+    for usual, gram in grams.items():
+        if _is_matrix(ours, usual):
+            group = f"{family.component_of(usual)} {family.block_of(usual)}".strip()
+            own = np.diag(gram.matrix)
+            squares[group] = squares[group] + own if group in squares else own
     worst, factor, words = "", 1.0, ""
-    for block, norm in ours_by.items():
-        known = [found[block] for found in theirs_by if found.get(block)]
-        if not known or not norm:
-            continue
-        out = max(norm / max(known), min(known) / norm)
-        if out > factor:
-            worst, factor = block, out
-            words = f"{norm / max(known) if norm > max(known) else norm / min(known):.2f}"
-    reason = f"{worst} has {words} of the parents' norm" if worst else "all within the parents'"
+    for group, found in squares.items():
+        norm, *known = (math.sqrt(square) for square in found)
+        if norm and min(known):
+            high, low = norm / max(known), norm / min(known)
+            out = max(high, 1 / low)
+            if out > factor:
+                worst, factor, words = group, out, f"{high if high > 1 else low:.2f}"
+    reason = f"{worst} has {words} times the parents' norm" if worst else "all within the parents'"
     return held("weights.norms", factor, warn=NORM_WARN, fail=NORM_FAIL, reason=reason)
 
 
-def _block_norms(model: _Model, values: Mapping[str, Values], family: Family) -> dict[str, float]:
-    squares: dict[str, float] = {}
-    for usual, tensor in model.own.items():
-        if tensor in values and len(model.weights[tensor].shape) > 1:
-            group = f"{family.component_of(usual)} {family.block_of(usual)}".strip()
-            squares[group] = squares.get(group, 0.0) + values[tensor].sum_squares
-    return {group: math.sqrt(total) for group, total in squares.items()}
+def _is_matrix(ours: _Model, usual: str) -> bool:
+    """Norms and biases are alike in all models and say nothing."""
+    return sum(size > 1 for size in ours.weights[ours.own[usual]].shape) > 1
 
 
 # --- kin ----------------------------------------------------------------------------------------
 
 
-def _kin(ours: _Model, theirs: Sequence[_Model], family: Family, threads: int) -> dict[str, Kin]:
-    rows = []
-    for usual, tensor in ours.own.items():
-        if all(usual in each.own for each in theirs) and len(ours.weights[tensor].shape) > 1:
-            reads = ((ours.weights, tensor), *((m.weights, m.own[usual]) for m in theirs))
-            row = Row(usual, reads)
-            if common_shape(row.specs) is not None:
-                rows.append(row)
+def _kin(
+    grams: Mapping[str, Gram], theirs: Sequence[_Model], family: Family, ours: _Model
+) -> dict[str, Kin]:
     totals: dict[str, Gram] = {}
-    for usual, gram in measure_gram(rows, threads=threads).items():
-        component = family.component_of(usual)
-        totals[component] = totals[component] + gram if component in totals else gram
+    for usual, gram in grams.items():
+        if _is_matrix(ours, usual):
+            component = family.component_of(usual)
+            totals[component] = totals[component] + gram if component in totals else gram
     names = [each.name for each in theirs]
     return {component: _kin_of(gram.matrix, names) for component, gram in totals.items()}
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, ManyErrors
+from ckptools.rendering import Progress as Pictures
+from ckptools.rendering import as_json
 from ckptools.workflow import MergeResult, Progress
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ckptools.family import Family
     from ckptools.methods import Method
     from ckptools.plan import Baking, Plan, Source, Step
+    from ckptools.rendering import Row
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
@@ -390,6 +393,7 @@ def merge_json(result: MergeResult) -> dict[str, object]:
         "output_bytes": result.file_bytes,
         "warnings": list(result.plan.warnings),
         "notes": [*result.plan.notes, *result.notes],
+        **({} if result.rendering is None else {"render": as_json(result.rendering)}),
     }
 
 
@@ -469,6 +473,61 @@ class BarProgress(Progress):
     def advance(self, nbytes: int) -> None:
         """So many bytes more."""
         self._bars.advance(self._task, nbytes)
+
+
+class PictureProgress(Pictures):
+    """A bar for the steps of each picture, and one for all pictures, on stderr."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=_console(stderr=True),
+            transient=True,
+        )
+        self._all: Any = None
+        self._one: Any = None
+
+    def __enter__(self) -> PictureProgress:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._bars.stop()
+
+    def loading(self, label: str) -> None:
+        """The model's name, while it is loaded."""
+        self._begin()
+        self._bars.update(self._one, description=f"loading {safe(label)}", total=None)
+
+    def start(self, pictures: int) -> None:
+        """A bar for all pictures."""
+        self._begin()
+        self._bars.update(self._all, total=pictures, visible=True)
+
+    def drawing(self, label: str, row: Row) -> None:
+        """The bar of the next picture."""
+        self._begin()
+        words = f"{safe(label)}: {safe(row.probe.id)}, seed {row.seed}"
+        self._bars.reset(self._one, description=words, total=None)
+
+    def step(self, number: int, steps: int) -> None:
+        """So many steps of it."""
+        self._bars.update(self._one, completed=number, total=steps)
+
+    def drawn(self) -> None:
+        """One picture more."""
+        self._bars.advance(self._all)
+
+    def _begin(self) -> None:
+        if self._all is None:
+            self._bars.start()
+            self._all = self._bars.add_task("pictures", total=None, visible=False)
+            self._one = self._bars.add_task("", total=None)
 
 
 # --- lists -------------------------------------------------------------------------------------

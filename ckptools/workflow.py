@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.errors import InputError, UsageError, nearest_name
@@ -40,6 +40,10 @@ from ckptools.writer import (
 
 _HASH_CHUNK = 1 << 20
 
+if TYPE_CHECKING:
+    from ckptools import rendering
+    from ckptools.rendering import Rendering
+
 
 @dataclass(frozen=True)
 class MergeResult:
@@ -53,6 +57,7 @@ class MergeResult:
     recomputed   how many tensors were computed again and compared
     file_bytes   size of the output, headers included
     notes        what was found on the way
+    rendering    the test pictures, where the recipe asks for them
     """
 
     plan: Plan
@@ -65,6 +70,7 @@ class MergeResult:
     recomputed: int
     file_bytes: int
     notes: tuple[str, ...]
+    rendering: Rendering | None = None
 
 
 class Progress:
@@ -97,20 +103,58 @@ def merge(
     force: bool = False,
     hash_inputs: bool = False,
     progress: Progress | None = None,
+    pictures: rendering.Progress | None = None,
 ) -> MergeResult:
     """Merge by recipe into one verified file, or raise and leave everything as it was.
 
     threads      worker threads (default: the cores and one, 3 to 8); the bytes do not depend on it
     force        replace an existing output
     hash_inputs  record the sha256 of every input, not only of pinned ones
+    pictures     told of the test pictures that the recipe asks for
     """
+    from ckptools import rendering
+
     started = time.perf_counter()
     progress = progress or Progress()
     with planned(recipe, threads=threads or default_threads(), force=force) as plan:
         progress.planned(plan)
         sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
+        when = plan.recipe.render.when if plan.recipe.render else "never"
+        drawn: Rendering | None = None
+        if when != "never":
+            rendering.check_order(rendering.section_order(plan.recipe))
+        if when == "before_save":
+            drawn = rendering.render_gate(plan, sha256s, progress=pictures)
         with made_folder(recipe.output_path.parent):
-            return _write(plan, sha256s, progress, started)
+            result = _write(plan, sha256s, progress, started)
+        if when == "after_save":
+            drawn = rendering.render_saved(plan, result.output, progress=pictures)
+        return replace(result, rendering=drawn)
+
+
+def render_recipe(
+    recipe: Recipe,
+    given: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    *,
+    beside: Sequence[Path] = (),
+    use_cache: bool = True,
+    progress: rendering.Progress | None = None,
+) -> Rendering:
+    """Merge in memory, draw the merge beside its models, write pictures and reports only.
+
+    given   fields of `rendering.Order` that go before the recipe's `render:`
+    folder  default: the output's name with "-render", beside it
+    beside  more models to compare with
+    """
+    from ckptools import rendering
+
+    with planned(recipe, threads=default_threads(), force=True) as plan:
+        sha256s = check_pins(plan.sources, hash_inputs=False, progress=Progress())
+        order = replace(rendering.section_order(plan.recipe), **(given or {}))
+        return rendering.render_plan(
+            plan, sha256s, order, folder, beside=beside, use_cache=use_cache, progress=progress
+        )
 
 
 def default_threads() -> int:

@@ -35,8 +35,8 @@ LAYERS = (
     {"plan"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
-    {"workflow", "sweep", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "publication", "checking", "reproduce"},
-    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_publish", "report_sweep", "report_check", "report_sources"},
+    {"workflow", "rendering", "sweep", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "publication", "checking", "reproduce"},
+    {"report", "report_files", "report_adapters", "report_convert", "report_inspect", "report_diff", "report_render", "report_publish", "report_sweep", "report_check", "report_sources"},
     {"cli"},
     {"__main__"},
 )

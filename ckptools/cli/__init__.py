@@ -19,7 +19,7 @@ import click
 from ckptools.errors import CkptError
 
 _COMMANDS = (
-    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "check", "hash", "convert",
+    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash", "convert",
     "lora", "lock", "reproduce", "sweep", "publish", "card", "methods", "families", "demo", "schema",
 )  # fmt: skip
 # A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.

@@ -32,7 +32,7 @@ def command(
     hash_inputs: bool,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """Merge by RECIPE into one verified .safetensors file.
 
     \b
@@ -40,15 +40,23 @@ def command(
       ckptools merge recipe.yaml
       ckptools merge recipe.yaml --set M=0.5 -o half.safetensors
     """
-    from ckptools import report
+    from ckptools import report, report_render
     from ckptools.workflow import merge
 
     loaded = load(recipe, settings, output)
-    with nullcontext(report.WarningsOnly()) if quiet else report.BarProgress() as progress:
+    pictures = report.PictureProgress()
+    with (
+        nullcontext(report.WarningsOnly()) if quiet else report.BarProgress() as progress,
+        pictures,
+    ):
         result = merge(
-            loaded, threads=threads, force=force, hash_inputs=hash_inputs, progress=progress
+            loaded, threads=threads, force=force, hash_inputs=hash_inputs, progress=progress,
+            pictures=None if quiet else pictures,
         )
     if as_json:
         report.show_json("merge", report.merge_json(result))
     elif not quiet:
         report.show_merge(result)
+        if result.rendering is not None:
+            report_render.show_rendering(result.rendering)
+    return int(result.rendering is not None and result.rendering.verdict == "fail")

@@ -56,7 +56,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) that a picture is drawn at: its own, cut to multiples of 8."""
-    return read_picture(path).shape[1::-1]
+    height, width, _ = read_picture(path).shape
+    return width, height
 
 
 class _opened:  # noqa: N801  # a context, read as a word
@@ -92,10 +93,11 @@ class _opened:  # noqa: N801  # a context, read as a word
 def _fitted(picture: Image, size: tuple[int, int] | None, *, smooth: bool) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
-    wanted = size or tuple(max(8, side // 8 * 8) for side in picture.size)
+    width, height = picture.size
+    wanted = size or (max(8, width // 8 * 8), max(8, height // 8 * 8))
     if picture.size != wanted:
         how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-        picture = ImageOps.fit(picture, (wanted[0], wanted[1]), how)
+        picture = ImageOps.fit(picture, wanted, how)
     return np.asarray(picture, np.uint8).copy()
 
 

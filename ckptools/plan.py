@@ -1113,7 +1113,10 @@ class _Planner:
             return _bare(TensorSpec(out_name, "F32", ()), "copied", _NOTHING, "")
         read = Read(self.index[model], actual, source.checkpoint[actual])
         if own is not None and not _same_shape(read.spec, self.base.checkpoint[own]):
-            self._shape_error(out_name, self._read(self.base, name), model, read)
+            theirs = self._read(self.base, name)
+            wide = self._may_widen(name, read.spec) and _differ_in_channels([read, theirs])
+            fix = f"`base: {model}` gives the result the input channels of {model}" if wide else ""
+            self._shape_error(out_name, theirs, model, read, fix)
         shape = self.base.checkpoint[own].shape if own is not None else read.spec.shape
         spec = TensorSpec(out_name, read.spec.dtype, shape)
         if component in self.recipe.output.dtypes and spec.is_float:
@@ -1141,7 +1144,7 @@ class _Planner:
         wanted = dtypes.get(component, dtypes["default"])
         return stored if wanted == "keep" else wanted
 
-    def _shape_error(self, name: str, own: Read, model: str, read: Read) -> None:
+    def _shape_error(self, name: str, own: Read, model: str, read: Read, fix: str = "") -> None:
         other = self.by_name[model]
         self.errors.append(
             InputError(
@@ -1149,7 +1152,7 @@ class _Planner:
                 f"{model} is {list(read.spec.shape)}",
                 where=name,
                 fix=f"{model} is {other.title}, {self.base.name} is {self.base.title}; "
-                "use models of one shape",
+                + (fix or "use models of one shape"),
             )
         )
 

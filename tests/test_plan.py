@@ -18,6 +18,7 @@ from models import (
     layout,
     model_values,
     shrunk,
+    with_channels,
     write_model,
     write_tensors,
 )
@@ -423,6 +424,21 @@ def test_a_component_of_another_family_is_refused(
     assert error.what == (
         "X is Stable Diffusion XL, the merge is Stable Diffusion 1.x: its parts do not fit"
     )
+
+
+def test_a_unet_of_more_input_channels_is_taken_into_a_base_that_has_them(
+    abc: dict[str, Path], tmp_path: Path, planned: Planned
+) -> None:
+    specs = with_channels(shrunk("sd1"), 9)
+    models = {**abc, "I": write_model(tmp_path / "I.safetensors", specs, seed=9)}
+
+    error = only_error(lambda: planned(models, "A", "take: {unet: I}"))
+    plan = planned(models, "A", "base: I\ntake: {unet: I}")
+
+    assert error.what == "A is [10, 4, 3, 3], I is [10, 9, 3, 3]"
+    assert error.fix.endswith("`base: I` gives the result the input channels of I")
+    assert find_step(plan, f"{UNET}input_blocks.0.0.weight").spec.shape == (10, 9, 3, 3)
+    assert plan.variant == "inpainting"
 
 
 def test_sd1_may_take_the_vae_of_sd2(tmp_path: Path, planned: Planned) -> None:

@@ -379,7 +379,7 @@ class _Planner:
             for n, s in side.items()
         }
         self.notes.append(
-            f"{len(side):,} tensors have no place in a diffusers folder and are kept in {SIDE_FILE}"
+            f"no place in a diffusers folder: {len(side):,} tensors, kept in {SIDE_FILE}"
         )
         return self._shards(Path(SIDE_FILE), "", side, programs, {"format": "pt"}, shard_bytes=0)
 

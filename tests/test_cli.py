@@ -281,7 +281,7 @@ def test_schema_is_json(capsys: Captured) -> None:
 
 WRONG = [
     (["merge"], "Missing argument 'RECIPE'"),
-    (["mereg", "r.yaml"], "No such command 'mereg'"),
+    (["mereg", "r.yaml"], "no such command 'mereg': did you mean 'merge'?"),
     (["plan", "RECIPE", "--set", "M"], "'M' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "M=nan"], "'M=nan' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "=1"], "'=1' is not NAME=NUMBER"),

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from ckptools.errors import CkptError
+from ckptools.errors import CkptError, nearest
 
 _COMMANDS = (
     "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash", "convert",
@@ -44,6 +44,14 @@ class _Lazy(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"{cmd_name} is not a command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, naming the nearest command where there is none of that name."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}: {nearest(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
 
 def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

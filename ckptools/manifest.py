@@ -324,10 +324,10 @@ def manifest_document(
                 "header_sha256": source.checkpoint.header_sha256,
                 "sha256": sha256s.get(source.name),
                 "family": source.detection.family,
-            | _config_entry(source)
                 "variant": source.detection.variant,
                 "license": _public(source).get("modelspec.license"),
             }
+            | _config_entry(source)
             for source in plan.sources
         ],
         "outputs": [

@@ -43,6 +43,7 @@ _VARIANT_INDEX = re.compile(
 )  # x.safetensors.index.fp16.json
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _SNIFF_BYTES = 512
+_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,22 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(stream: Descriptor, path: Path) -> Header:
-    size = _regular_size(stream, path)
-    head = stream.read(min(size, _SNIFF_BYTES), 0)
+    return header_by(stream.read, _regular_size(stream, path), path)
+
+
+def header_by(read: Callable[[int, int], bytes], size: int, path: Path) -> Header:
+    """The header of a file that is read by a function of (length, offset), at most twice.
+
+    size  of the whole file, in bytes
+    """
+    head = read(min(size, _SNIFF_BYTES), 0)
     if size < 8:
         diagnosis = _diagnose(head, path)
         raise diagnosis or _invalid(path, f"only {size} bytes, too small for a header", _AGAIN)
     length = int.from_bytes(head[:8], "little")
     if length > min(size - 8, MAX_HEADER_BYTES) or length == 0:
         raise _diagnose(head, path) or _bad_length(path, length, size)
-    raw = stream.read(length, 8)
+    raw = read(length, 8)
     if not raw.startswith(b"{"):
         raise _diagnose(head, path) or _invalid(
             path, f"the header must begin with '{{', it begins with {raw[:8]!r}", _AGAIN
@@ -403,6 +411,23 @@ def _similar_files(path: Path) -> str:
         return "check the path"
     shown = ", ".join(there[:6]) + (", …" if len(there) > 6 else "")
     return f"in that folder: {shown}"
+
+
+def file_sha256(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """The sha256 of a whole file, read in pieces.
+
+    advance  is told the size of each piece
+    """
+    digest = hashlib.sha256()
+    nbytes = path.stat().st_size
+    buffer = memoryview(bytearray(_HASH_CHUNK))
+    with open_file(path) as stream:
+        for offset in range(0, nbytes, _HASH_CHUNK):
+            chunk = buffer[: min(_HASH_CHUNK, nbytes - offset)]
+            stream.read_into(chunk, offset)
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
 
 
 class Descriptor:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ckptools.checkpoint import Checkpoint
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of
-from ckptools.sources import open_checkpoint
+from ckptools.hubref import is_local
+from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ def compare(
     Raises `InputError` and its kin for files that cannot be read.
     """
     with ExitStack() as stack:
-        models = [_open(stack, path) for path in (a, b, *explain_by)]
+        opener = _opener((a, b, *explain_by), structure=structure, progress=progress)
+        models = [_open(stack, opener(path)) for path in (a, b, *explain_by)]
         found = _structure(models[0], models[1], has_values=not structure)
         if structure:
             return replace(found, explanation=_structure_in_words(found))
@@ -190,8 +192,18 @@ def compare(
         return replace(found, explanation=headline, notes=(*more, *notes))
 
 
-def _open(stack: ExitStack, path: Path) -> Model:
-    checkpoint = stack.enter_context(open_checkpoint(path))
+def _opener(paths: Sequence[Path], *, structure: bool, progress: Progress | None) -> Opener:
+    """What opens these paths; for structure alone, models on the Hub by their headers."""
+    if all(map(is_local, paths)):
+        return open_checkpoint
+    from ckptools.hub.remote import Hub  # loads the Hub's client
+
+    hub = Hub(progress)
+    return hub.look if structure else hub.open_whole
+
+
+def _open(stack: ExitStack, checkpoint: Checkpoint) -> Model:
+    stack.enter_context(checkpoint)
     detection = detect(checkpoint, checkpoint.metadata)
     usual = family_of(detection).canonical_name
     names: dict[str, str] = {}

@@ -81,6 +81,7 @@ def parse_hub_ref(text: str, revision: str = "") -> HubRef:
         if own == "refs" and slash:  # hf://owner/repo@refs/pr/1
             parts = file.split("/")
             own, file = "/".join(["refs", *parts[:2]]), "/".join(parts[2:])
+            slash = "/" if file else ""
     elif "@" in file:
         file, _, own = file.rpartition("@")
         slash = "/" if file else ""
@@ -119,12 +120,16 @@ def hub_ref_of(path: Path) -> HubRef | None:
 
     Raises `UsageError` as `parse_hub_ref` does.
     """
-    if path.parts[:1] != (_FOLDER,):
+    if is_local(path):
         return None
     return parse_hub_ref(SCHEME + "/".join(path.parts[1:]))
 
 
+def is_local(path: Path) -> bool:
+    """Whether a path is one of this machine."""
+    return path.parts[:1] != (_FOLDER,)
+
+
 def shown(path: Path) -> str:
     """A path as its user wrote it, references to the Hub included."""
-    is_hub = path.parts[:1] == (_FOLDER,)
-    return SCHEME + "/".join(path.parts[1:]) if is_hub else str(path)
+    return str(path) if is_local(path) else SCHEME + "/".join(path.parts[1:])

@@ -24,6 +24,7 @@ from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
 from ckptools.folders import is_diffusers_folder
+from ckptools.hubref import is_local
 from ckptools.lineage import Lineage, read_lineage
 from ckptools.manifest import MANIFEST_SCHEMA, MANIFEST_SUFFIX
 from ckptools.sources import open_checkpoint
@@ -197,7 +198,7 @@ def inspect(
     statistics  read the values, too: of the tensors that `tensors` matches, or of all
     Raises as `open_checkpoint` does, and `InputError` for an adapter that is broken.
     """
-    with open_checkpoint(path) as checkpoint:
+    with _open(path) as checkpoint:
         detection = detect(checkpoint, checkpoint.metadata)
         family = family_of(detection)
         known = known_tensors(detection, checkpoint)
@@ -211,7 +212,8 @@ def inspect(
             components["other"] = _without_ema(checkpoint)
             if not components["other"].tensors:
                 del components["other"]
-        adapter = _adapter(path) if detection.kind == "lora" else None
+        is_adapter = detection.kind == "lora" and not checkpoint.is_elsewhere
+        adapter = _adapter(path) if is_adapter else None
         ids = tuple(_position_ids(checkpoint))
         rows = _rows(checkpoint, family, tensors) if tensors or statistics else ()
         return Inspection(
@@ -243,6 +245,15 @@ def inspect(
             rows=rows if tensors else (),
             statistics=_statistics(checkpoint, family, rows, progress) if statistics else None,
         )
+
+
+def _open(path: Path) -> Checkpoint:
+    """A source; of one on the Hub the headers alone."""
+    if is_local(path):
+        return open_checkpoint(path)
+    from ckptools.hub.remote import Hub  # loads the Hub's client
+
+    return Hub().look(path)
 
 
 def _adapter(path: Path) -> AdapterInspection:
@@ -590,6 +601,8 @@ def _value_evidence(
     spec = checkpoint.get(_V_BIAS)
     if detection.family != "sd2" or detection.variant != "base" or spec is None:
         return (), None
+    if not checkpoint.has_values(_V_BIAS):
+        return ("not looked at: epsilon or v, for only the header was read",), None
     values = _numbers(checkpoint, _V_BIAS)
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return (f"{_V_BIAS} holds no numbers to judge by",), None
@@ -620,6 +633,8 @@ def _position_ids(checkpoint: Checkpoint) -> Iterable[PositionIds]:
         spec = checkpoint[name]
         if not name.endswith("position_ids") or not 0 < spec.numel <= _MOST_IDS:
             continue
+        if not checkpoint.has_values(name):
+            continue
         values = _numbers(checkpoint, name)
         wrong = [(at, value) for at, value in enumerate(values) if value != at]
         if values:
@@ -643,7 +658,7 @@ def _manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest beside a file; None where there is none."""
     path = checkpoint.path.absolute()  # "." has no name
     path = path.with_name(path.name + MANIFEST_SUFFIX)
-    if not path.is_file():
+    if checkpoint.is_elsewhere or not path.is_file():
         return None
     try:
         with open_file(path) as stream:
@@ -700,6 +715,8 @@ def _notes(
     has_ids = any(name.endswith("position_ids") for name in checkpoint)
     if has_encoder and not has_ids and family.id in ("sd1", "sdxl"):
         notes.append("no position_ids: newer files leave them out, and loaders do without")
+    if checkpoint.is_elsewhere:
+        notes.append("on the Hub: only headers were read")
     if checkpoint.layout:
         notes.append("a diffusers folder, shown under the names of single files")
     return tuple(notes)

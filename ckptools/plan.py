@@ -1422,8 +1422,9 @@ def _grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
 
 def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     where = plan.recipe.output.where
-    inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
-    inputs += [source.checkpoint.path for source in plan.sources]  # the index of shards
+    opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
+    inputs = [file.path for checkpoint in opened for file in checkpoint.files]
+    inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
     for path in plan.outputs:
         if any(_same_file(path, other) for other in inputs):
             yield OutputError(

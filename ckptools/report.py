@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, ManyErrors
+from ckptools.hubref import is_hub_text, is_local, shown
 from ckptools.rendering import Progress as Pictures
 from ckptools.rendering import as_json
 from ckptools.workflow import MergeResult, Progress
@@ -49,7 +50,7 @@ def gigabytes(nbytes: float) -> str:
 
 def shown_path(path: Path) -> str:
     """A path without detours: recipes/../out is out."""
-    return os.path.normpath(path)
+    return os.path.normpath(path) if is_local(path) else shown(path)
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -187,7 +188,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
 def _source_json(source: Source) -> dict[str, object]:
     detection = source.detection
     return {
-        "file": str(source.checkpoint.path),
+        "file": source.ref.path if is_hub_text(source.ref.path) else str(source.checkpoint.path),
         "bytes": source.checkpoint.file_bytes,
         "tensors": len(source.checkpoint),
         "family": detection.family,
@@ -244,7 +245,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
     models = _table("model", "file", "what", "size", numbers=(3,))
     for source in plan.sources:
         size = gigabytes(source.checkpoint.file_bytes)
-        _row(models, source.name, source.checkpoint.path.name, source.title, size)
+        _row(models, source.name, source.label, source.title, size)
     _show_table(models)
     if plan.bakings:
         _show_adapters(plan)
@@ -456,7 +457,7 @@ class BarProgress(Progress):
     def planned(self, plan: Plan) -> None:
         """Say what will happen, and every warning, before it does."""
         models = ", ".join(
-            f"{source.name} {source.checkpoint.path.name}" for source in plan.sources
+            f"{source.name} {source.label}" for source in plan.sources
         )
         self._bars.console.print(safe(f"{plan.recipe.merge.text.strip()}   ({models})"))
         for warning in plan.warnings:

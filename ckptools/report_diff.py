@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckptools.diff import KINDS, Difference, fit_in_words, kind_of
 from ckptools.errors import OutputError
+from ckptools.hubref import shown
 from ckptools.measure import Pair
 from ckptools.report import _row, _show_table, _table, gigabytes, show_line, show_message
 from ckptools.tensors import TensorSpec
@@ -20,8 +21,8 @@ _TEMPLATE = Path(__file__).with_name("diff.html")
 def diff_json(found: Difference, *, top: int) -> dict[str, object]:
     """The contract keys of `diff`, and more."""
     return {
-        "a": str(found.a.checkpoint.path),
-        "b": str(found.b.checkpoint.path),
+        "a": shown(found.a.checkpoint.path),
+        "b": shown(found.b.checkpoint.path),
         "family": found.family.id,
         "same": found.same,
         "explanation": found.explanation,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptools.errors import CkptError
+from ckptools.hubref import is_local, shown
 from ckptools.inspection import Component, Inspection, Manifest, Statistics, Survey, TensorRow
 from ckptools.lineage import Ancestor, Lineage
 from ckptools.report import _row, _show_table, _table, error_json, gigabytes, show_line
@@ -27,7 +28,7 @@ def inspect_json(found: Inspection) -> dict[str, object]:
     """The contract keys of `inspect`, and everything else that was found."""
     detection = found.detection
     body: dict[str, object] = {
-        "file": str(found.path),
+        "file": shown(found.path),
         "bytes": found.nbytes,
         "tensors": found.tensors,
         "files": found.files,
@@ -161,7 +162,7 @@ def _ancestor_json(one: Ancestor) -> dict[str, object]:
 
 def _manifest_json(one: Manifest) -> dict[str, object]:
     return {
-        "file": str(one.path),
+        "file": shown(one.path),
         "is_of_this_file": one.is_of_this_file,
         "inputs": [
             {"name": name, "file": file, "sha256": sha256 or None}
@@ -178,9 +179,8 @@ def _manifest_json(one: Manifest) -> dict[str, object]:
 def show_inspect(found: Inspection) -> None:
     """What the file is, its components, what speaks for it, and where it comes from."""
     parts = f" in {found.files} files" if found.files > 1 else ""
-    show_line(
-        f"{found.path.absolute().name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors{parts}"
-    )
+    name = found.path.absolute().name if is_local(found.path) else shown(found.path)
+    show_line(f"{name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors{parts}")
     show_line(f"  what:       {what(found)}")
     if found.prediction:
         show_line(f"  prediction: {found.prediction}")

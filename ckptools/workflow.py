@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.checkpoint import Checkpoint, open_file
+from ckptools.checkpoint import file_sha256
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import (
     embedded_metadata,
@@ -27,6 +27,7 @@ from ckptools.manifest import (
 )
 from ckptools.plan import Plan, Source, Step, make_plan
 from ckptools.recipe import Recipe, load_recipe
+from ckptools.sources import Opener, open_checkpoint
 from ckptools.writer import (
     Layout,
     PartFile,
@@ -38,10 +39,9 @@ from ckptools.writer import (
     whole_file,
 )
 
-_HASH_CHUNK = 1 << 20
-
 if TYPE_CHECKING:
     from ckptools import rendering
+    from ckptools.hub.lock import Lock
     from ckptools.rendering import Rendering
 
 
@@ -87,9 +87,29 @@ class Progress:
 
 
 @contextmanager
-def planned(recipe: Recipe, *, threads: int, force: bool = False) -> Iterator[Plan]:
-    """A plan whose sources are closed at the end."""
-    plan = make_plan(recipe, threads=threads, force=force)
+def planned(
+    recipe: Recipe,
+    *,
+    threads: int,
+    force: bool = False,
+    headers_only: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Plan]:
+    """A plan whose sources are closed at the end.
+
+    headers_only  read no more than headers of models that are on the Hub; otherwise they are
+                  downloaded, once a plan by their headers stands
+    """
+    opener: Opener = open_checkpoint
+    if recipe.is_remote:
+        from ckptools.hub.remote import Hub  # loads the Hub's client
+
+        hub = Hub(progress)
+        recipe, opener = hub.pinned(recipe), hub.open_headers
+        if not headers_only:
+            make_plan(recipe, threads=threads, force=force, opener=opener).close()
+            opener = hub.open_whole
+    plan = make_plan(recipe, threads=threads, force=force, opener=opener)
     try:
         yield plan
     finally:
@@ -102,6 +122,7 @@ def merge(
     threads: int | None = None,
     force: bool = False,
     hash_inputs: bool = False,
+    lock: Lock | None = None,
     progress: Progress | None = None,
     pictures: rendering.Progress | None = None,
 ) -> MergeResult:
@@ -110,14 +131,19 @@ def merge(
     threads      worker threads (default: the cores and one, 3 to 8); the bytes do not depend on it
     force        replace an existing output
     hash_inputs  record the sha256 of every input, not only of pinned ones
+    lock         merge the files that it names and no others
     pictures     told of the test pictures that the recipe asks for
     """
     from ckptools import rendering
 
     started = time.perf_counter()
     progress = progress or Progress()
-    with planned(recipe, threads=threads or default_threads(), force=force) as plan:
+    threads = threads or default_threads()
+    recipe = recipe if lock is None else lock.pinned(recipe)
+    with planned(recipe, threads=threads, force=force, progress=progress) as plan:
         progress.planned(plan)
+        if lock is not None:
+            lock.check(plan.sources, progress)
         sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
         when = plan.recipe.render.when if plan.recipe.render else "never"
         drawn: Rendering | None = None
@@ -199,6 +225,7 @@ params:
   M: {{default: 1, "IN00-IN02": 0.8, vae: 0}}
 merge: A + (B - C) * M
 output: {{path: pastel-outlined.safetensors}}
+sweep: {{M: [0, 0.5, 1]}}
 """
 
 
@@ -222,30 +249,20 @@ def check_pins(
         return {}
     progress.start("hashing inputs", sum(source.checkpoint.file_bytes for source in wanted))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [pool.submit(_sha256_of, source.checkpoint, progress.advance) for source in wanted]
+        jobs = [
+            pool.submit(file_sha256, source.checkpoint.files[0].path, progress.advance)
+            for source in wanted
+        ]
         found = {source.name: job.result() for source, job in zip(wanted, jobs, strict=True)}
     for source in wanted:
         if source.ref.sha256 not in ("", found[source.name]):
             raise InputError(
                 f"{source.name} is not the pinned file: its sha256 is {found[source.name]}, "
-                f"the recipe says {source.ref.sha256}",
+                f"the pin is {source.ref.sha256}",
                 where=source.ref.where,
                 fix="get the file that the recipe was made for, or change the pin",
             )
     return found
-
-
-def _sha256_of(checkpoint: Checkpoint, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    nbytes = checkpoint.file_bytes
-    buffer = memoryview(bytearray(_HASH_CHUNK))
-    with open_file(checkpoint.files[0].path) as stream:
-        for offset in range(0, nbytes, _HASH_CHUNK):
-            chunk = buffer[: min(_HASH_CHUNK, nbytes - offset)]
-            stream.read_into(chunk, offset)
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
 
 
 # --- output ------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def command(recipe: Path, tensor: str, settings: Mapping[str, float], as_json: b
     from ckptools import report
     from ckptools.workflow import default_threads, find_step, planned
 
-    with planned(load(recipe, settings), threads=default_threads(), force=True) as plan:
+    loaded = load(recipe, settings)
+    with planned(loaded, threads=default_threads(), force=True, headers_only=True) as plan:
         step = find_step(plan, tensor)
         if as_json:
             report.show_json("explain", report.explain_json(plan, step))

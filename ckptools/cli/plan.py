@@ -28,7 +28,8 @@ def command(
     from ckptools import report
     from ckptools.workflow import default_threads, planned
 
-    with planned(load(recipe, settings, output), threads=default_threads(), force=True) as plan:
+    loaded = load(recipe, settings, output)
+    with planned(loaded, threads=default_threads(), force=True, headers_only=True) as plan:
         if as_json:
             report.show_json("plan", report.plan_json(plan))
         else:

@@ -148,7 +148,7 @@ def merge(
         when = plan.recipe.render.when if plan.recipe.render else "never"
         drawn: Rendering | None = None
         if when != "never":
-            rendering.check_order(rendering.section_order(plan.recipe))
+            rendering.check_section(plan)
         if when == "before_save":
             drawn = rendering.render_gate(plan, sha256s, progress=pictures)
         with made_folder(recipe.output_path.parent):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SMALLEST, _LARGEST = 192, 512  # sides of a cell, in pixels: below, labels find no room
 _MOST_PIXELS = 60_000_000  # of a whole sheet: larger ones open slowly everywhere
+_LONGEST = 30_000  # of its sides, cells alone
 _GAP, _MARGIN, _FRAME = 12, 24, 5
 _ROW_LABEL = 230  # width of the words beside a row
 _PAGE, _INK, _SOFT, _EMPTY, _BAD = "#ffffff", "#1b1f24", "#5b6570", "#eceef1", "#c62828"
@@ -100,10 +101,13 @@ def _cell_size(pictures: Sequence[Sequence[NDArray[np.uint8] | None]]) -> tuple[
     factor: float = max(1, math.ceil(_SMALLEST / min(width, height)))
     if factor == 1:
         factor = min(1.0, _LARGEST / max(width, height))
-    cells = max(1, sum(len(row) for row in pictures))
-    area = width * height * factor**2 * cells
-    if area > _MOST_PIXELS:
-        factor *= math.sqrt(_MOST_PIXELS / area)
+    across = max((len(row) for row in pictures), default=0) * width * factor
+    down = len(pictures) * height * factor
+    factor *= min(
+        1.0,
+        _LONGEST / max(across, down, 1),
+        math.sqrt(_MOST_PIXELS / max(across * down, 1)),
+    )
     return max(1, int(width * factor)), max(1, int(height * factor))
 
 

@@ -16,6 +16,7 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, open_file
+from ckptools.hubref import is_hub_text
 from ckptools.plan import Plan, Source
 from ckptools.recipe import ParamRef, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
@@ -62,11 +63,6 @@ def legacy_hash(checkpoint: Checkpoint) -> str:
     length = max(0, min(0x10000, file.header.file_bytes - 0x100000))
     with open_file(file.path) as stream:
         return hashlib.sha256(stream.read(length, 0x100000)).hexdigest()[:8]
-
-
-def file_label(source: Source) -> str:
-    """The source's file name, without its folder."""
-    return source.checkpoint.path.name
 
 
 # --- the recipe, as plain data -----------------------------------------------------------------
@@ -123,7 +119,8 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
 
 
 def _file_entry(source: Source, sha256s: Mapping[str, str]) -> dict[str, object]:
-    entry: dict[str, object] = {"path": file_label(source)}
+    is_remote = is_hub_text(source.ref.path)  # with its commit: the workflow pins what it fetches
+    entry: dict[str, object] = {"path": source.ref.path if is_remote else source.label}
     if source.name in sha256s:
         entry["sha256"] = sha256s[source.name]
     if source.ref.allow_unmatched:
@@ -209,7 +206,7 @@ def _model_spec(plan: Plan) -> dict[str, str]:
         "modelspec.implementation": carried.get("modelspec.implementation", _IMPLEMENTATION),
         "modelspec.title": plan.recipe.output_path.stem,
         "modelspec.merged_from": ", ".join(
-            _public(source).get("modelspec.title") or source.checkpoint.path.stem
+            _public(source).get("modelspec.title") or Path(source.label).stem
             for source in plan.sources
         ),
     }
@@ -236,7 +233,7 @@ def _web_ui_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
     document: dict[str, object] = {
         "type": "ckptools",
         "interp_method": plan.recipe.merge.text.strip(),
-        "models": {source.name: file_label(source) for source in models},
+        "models": {source.name: source.label for source in models},
         "multiplier": {
             ref.name: ref.lines[0].value if len(ref.lines) == 1 and not ref.mbw else "per tensor"
             for ref in plan.recipe.params.values()
@@ -245,7 +242,7 @@ def _web_ui_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
         "is_inpainting": plan.variant == "inpainting",
         "is_instruct_pix2pix": plan.variant == "ip2p",
     }
-    adapters = {s.name: file_label(s) for s in plan.sources if s.adapter is not None}
+    adapters = {s.name: s.label for s in plan.sources if s.adapter is not None}
     if adapters:
         document["adapters"] = adapters
     for word, sha256 in zip(ordinal, hashes, strict=False):
@@ -259,7 +256,7 @@ def _web_ui_models(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object]:
     for source in plan.sources:
         key = sha256s.get(source.name) or f"header:{source.checkpoint.header_sha256}"
         models[key] = {
-            "name": file_label(source),
+            "name": source.label,
             "legacy_hash": legacy_hash(source.checkpoint),
             "sd_merge_recipe": _own_json(source, "sd_merge_recipe"),
         }
@@ -319,7 +316,7 @@ def manifest_document(
         "inputs": [
             {
                 "name": source.name,
-                "file": file_label(source),
+                "file": source.label,
                 "bytes": source.checkpoint.file_bytes,
                 "header_sha256": source.checkpoint.header_sha256,
                 "sha256": sha256s.get(source.name),

@@ -37,6 +37,7 @@ from ckptools.workflow import (
     default_threads,
     made_folder,
     merge,
+    planned,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Draws:
     seeds: tuple[int, ...] = (1, 2)
     steps: int = 20
     sampler: str = "DPM++ 2M Karras"
-    cfg: float | None = None
+    guidance: float | None = None
     size: tuple[int, int] | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -177,14 +178,12 @@ def sweep(
     combined = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     if len(combined) > MAX_VARIANTS:
         raise UsageError(f"{len(combined):,} variants", fix=f"{MAX_VARIANTS} at most: fewer values")
-    recipes = [with_numbers(recipe, numbers) for numbers in combined]
     _check_metric(save_best, [*recipe.models])
     _check_folder(folder, force=force)
     started = time.perf_counter()
-    with _planned(
-        recipes, threads or default_threads(), write=bool(save_best), force=force
-    ) as plans:
-        (progress or Progress()).planned(plans[0])
+    may_replace = force or not save_best  # else nothing is written there
+    with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
+        (progress or Progress()).planned(plans[-1])
         check_pins(plans[0].sources, hash_inputs=False, progress=progress or Progress())
         run = _Run(plans, combined, draws or Draws(), folder, progress or SweepProgress())
         with made_folder(folder / "images"):
@@ -193,6 +192,18 @@ def sweep(
     if save_best and not found.interrupted:
         found = _save_best(found, save_best, force=force, progress=progress)
     return replace(found, seconds=time.perf_counter() - started)
+
+
+def draws_of(recipe: Recipe) -> Draws:
+    """What `render:` of a recipe says of pictures; the rest is as usual."""
+    if recipe.render is None:
+        return Draws()
+    names = {
+        "negative": "negative", "seeds": "seeds", "steps": "steps", "sampler": "sampler",
+        "guidance": "guidance", "size": "size", "device": "device", "dtype": "dtype",
+    }  # fmt: skip
+    given: dict[str, Any] = {names[k]: v for k, v in recipe.render.options.items() if k in names}
+    return Draws(prompts=tuple(prompt.text for prompt in recipe.render.prompts), **given)
 
 
 def choose(variants: Sequence[Variant], metric: str) -> Variant:
@@ -246,17 +257,17 @@ def _check_folder(folder: Path, *, force: bool) -> None:
 
 @contextmanager
 def _planned(
-    recipes: Sequence[Recipe], threads: int, *, write: bool, force: bool
+    recipe: Recipe,
+    combined: Sequence[Mapping[str, float]],
+    threads: int,
+    *,
+    force: bool,
 ) -> Iterator[list[Plan]]:
-    """A plan of every recipe, over the same open sources."""
-    first = make_plan(recipes[0], threads=threads, write=write, force=force)
-    try:
-        rest = [
-            make_plan(r, threads=threads, write=False, sources=first.sources) for r in recipes[1:]
-        ]
+    """A plan for every combination of numbers, over the same open sources."""
+    with planned(with_numbers(recipe, combined[0]), threads=threads, force=force) as first:
+        recipes = [with_numbers(first.recipe, numbers) for numbers in combined[1:]]
+        rest = [make_plan(r, threads=threads, write=False, sources=first.sources) for r in recipes]
         yield [first, *rest]
-    finally:
-        first.close()
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -285,9 +296,8 @@ class _Run:
         variants = [merged_model(label(n), p) for n, p in zip(combined, plans, strict=True)]
         self.metadata = embedded_metadata(self.plan, {}).entries
         alike = []
-        self.settings = Settings(
-            self.plan.threads, recipe.seed, allow_nonfinite=recipe.allow_nonfinite
-        )
+        # a variant that overflows fails by its pictures, and does not end the others
+        self.settings = Settings(self.plan.threads, recipe.seed, allow_nonfinite=True)
         whole = Variants(variants[:1], self.plan, self.settings).as_checkpoint(0, self.metadata)
         needed = _needed(whole)
         for source in self._drawing_parents():
@@ -419,10 +429,9 @@ class _Run:
         model, variants = self.variants.models[number], self.variants
         size = sum(task.spec.nbytes for task in model.tasks.values())
         if self.pipeline is None:
-            base = self.plan.base.checkpoint.path
             self.pipeline = load_pipeline(
                 variants.as_checkpoint(number, self.metadata),
-                config=base if base.is_dir() else None,
+                config=self._config(),
                 device=self.draws.device,
                 dtype=self.draws.dtype,
             )
@@ -440,6 +449,13 @@ class _Run:
         found = variants.stream(number, sink, pairs=pairs, progress=self.progress.advance)
         self._note_distances(found)
         return sum(model.tasks[name].spec.nbytes for name in variants.changing)
+
+    def _config(self) -> Path | None:
+        """A folder that says how the model is built: the recipe's for the base, or the base."""
+        recipe, base = self.plan.recipe, self.plan.base
+        if base.ref.config:
+            return recipe.path.parent / Path(base.ref.config).expanduser()
+        return base.checkpoint.path if base.checkpoint.path.is_dir() else None
 
     def _settle_prompts(self, pipeline: Pipeline) -> None:
         from ckptools.render.probes import probes_for
@@ -490,7 +506,7 @@ class _Run:
                         seed=seed,
                         steps=draws.steps,
                         sampler=draws.sampler,
-                        cfg=usual_guidance(pipeline) if draws.cfg is None else draws.cfg,
+                        cfg=usual_guidance(pipeline) if draws.guidance is None else draws.guidance,
                         size=size,
                         image=image,
                         mask=mask,
@@ -619,14 +635,15 @@ def _save_best(found: Swept, metric: str, *, force: bool, progress: Progress | N
 
 
 def recipe_text(recipe: Recipe, numbers: Mapping[str, float], folder: Path) -> str:
-    """A recipe's YAML with these numbers for its parameters, without `sweep:`, as it must read in
-    another folder. Comments are lost.
+    """A recipe's YAML with these numbers for its parameters, as it must read in another folder.
+
+    Without `sweep:` and `render:`, which are done; comments are lost.
     """
     root = yaml.compose(recipe.path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError("this is no recipe any more", where=str(recipe.path))
     top = _items(root)
-    root.value = [(key, value) for key, value in root.value if key.value != "sweep"]
+    root.value = [(key, value) for key, value in root.value if key.value not in _DONE]
     weights = [lora_weight(lora) for lora in recipe.loras]
     for name, number in numbers.items():
         scalar = yaml.ScalarNode("tag:yaml.org,2002:float", f"{number!r}")
@@ -637,9 +654,14 @@ def recipe_text(recipe: Recipe, numbers: Mapping[str, float], folder: Path) -> s
             params.value = [(k, scalar if k.value == name else v) for k, v in params.value]
     paths = [*_items(top["models"]).values(), *(top["loras"].value if "loras" in top else ())]
     for node in paths:
-        _move(_items(node)["path"] if isinstance(node, yaml.MappingNode) else node, recipe, folder)
+        fields = _items(node) if isinstance(node, yaml.MappingNode) else {"path": node}
+        for key in fields.keys() & {"path", "config"}:
+            _move(fields[key], recipe, folder)
     _move(_items(top["output"])["path"], recipe, folder, to=recipe.output_path)
     return yaml.serialize(root, allow_unicode=True, width=100)
+
+
+_DONE = ("sweep", "render")
 
 
 def _items(node: yaml.MappingNode) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -94,7 +95,7 @@ def source_model(plan: Plan, source: Source, needed: Callable[[TensorSpec], bool
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart the weights of two models are, over the tensors that some model changes.
+    """How far apart the weights of two models are, over the tensors in which models differ.
 
     squares    sum of squared differences
     reference  sum of squares of the second model's weights
@@ -102,6 +103,10 @@ class Distance:
 
     squares: float
     reference: float
+
+    def plus(self, other: Distance) -> Distance:
+        """Both together."""
+        return Distance(self.squares + other.squares, self.reference + other.reference)
 
     @property
     def relative(self) -> float:
@@ -284,19 +289,22 @@ class Variants:
             found = [_distance(made, specs, which, a, b) for a, b in pairs]
             return found, sum(made[each].nbytes for each in wanted)
 
-        squares = dict.fromkeys(pairs, 0.0)
-        norms = dict.fromkeys(pairs, 0.0)
+        sums: dict[str, list[Distance]] = {}
+        items = list(self._items())
         with single_threaded(), ThreadPoolExecutor(self._settings.threads) as pool:
             try:
-                for found, nbytes in pool.map(work, self._items()):  # in order: sums stay the same
-                    for pair, distance in zip(pairs, found, strict=True):
-                        squares[pair] += distance.squares
-                        norms[pair] += distance.reference
+                for (name, _, _), (found, nbytes) in zip(items, pool.map(work, items), strict=True):
+                    before = sums.get(name)  # spans come in order: sums are the same every time
+                    sums[name] = list(map(Distance.plus, before, found)) if before else found
                     progress(nbytes)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return {pair: Distance(squares[pair], norms[pair]) for pair in pairs}
+        moved = [row for row in sums.values() if any(distance.squares for distance in row)]
+        return {
+            pair: reduce(Distance.plus, (row[n] for row in moved), Distance(0.0, 0.0))
+            for n, pair in enumerate(pairs)
+        }
 
     def _items(self) -> Iterator[tuple[str, int, int]]:
         """(tensor, first element, end) of every span of the tensors that change."""

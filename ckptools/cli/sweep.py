@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,15 +45,15 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     "combination). Default: the recipe's `sweep:`.",
 )  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, help="Draw this (repeatable).")
-@click.option("--negative", default="", help="The negative prompt.")
-@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(1, 2),
-              show_default=True, help="Draw every prompt with this seed (repeatable).")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--sampler", default="DPM++ 2M Karras", show_default=True)
-@click.option("--cfg", type=float, default=None, help="Guidance. Default: what suits the model.")
+@click.option("--negative", default=None, help="The negative prompt.")
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), help="Draw every prompt "
+              "with this seed (repeatable). Default: 1 and 2.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1, 1000), default=None, help="Default: 20.")
+@click.option("--sampler", default=None, help="Default: DPM++ 2M Karras.")
+@click.option("--guidance", type=float, default=None, help="Default: what suits the model.")
 @click.option("--size", metavar="WxH", default=None, callback=_size,
               help="Of the pictures, in pixels. Default: the model's.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
+@click.option("--device", default=None, help="auto (the default), cpu, cuda, mps.")
 @click.option("--save-best", default="", metavar="MEASURE",
               help="Merge the best variant to the recipe's output: loss, loss:B, near:B, far:C, "
               "between:A:B.")  # fmt: skip
@@ -63,14 +65,16 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 def command(
-    recipe: Path, axes: dict[str, tuple[float, ...]], prompts: tuple[str, ...], negative: str,
-    seeds: tuple[int, ...], steps: int, sampler: str, cfg: float | None,
-    size: tuple[int, int] | None, device: str, save_best: str, output: Path | None, force: bool,
-    as_json: bool, quiet: bool,
+    recipe: Path, axes: dict[str, tuple[float, ...]], prompts: tuple[str, ...],
+    negative: str | None,
+    seeds: tuple[int, ...], steps: int | None, sampler: str | None, guidance: float | None,
+    size: tuple[int, int] | None, device: str | None, save_best: str, output: Path | None,
+    force: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Draw a merge at several values of its parameters, and measure how near to each model it is.
 
-    Variants are merged in memory and drawn at the same seeds as the recipe's models. The folder
+    What is drawn is up to the options, then the recipe's `render:`, then the model. Variants are
+    merged in memory and drawn at the same seeds as the recipe's models. The folder
     gets a contact sheet, a curve and a page to look at in a browser; no model is written.
 
     \b
@@ -81,11 +85,15 @@ def command(
     """
     from ckptools import report, report_sweep
     from ckptools.recipe import load_recipe
-    from ckptools.sweep import Draws, sweep
+    from ckptools.sweep import draws_of, sweep
 
     loaded = load_recipe(recipe)
     folder = output or loaded.output_path.with_name(loaded.output_path.stem + "-sweep")
-    draws = Draws(tuple(prompts), negative, tuple(seeds), steps, sampler, cfg, size, device)
+    given: dict[str, Any] = {
+        "prompts": prompts or None, "negative": negative, "seeds": seeds or None, "steps": steps,
+        "sampler": sampler, "guidance": guidance, "size": size, "device": device,
+    }  # fmt: skip
+    draws = replace(draws_of(loaded), **{k: v for k, v in given.items() if v is not None})
     quietly = nullcontext(report_sweep.SweepWarnings())
     with quietly if quiet else report_sweep.SweepBars() as progress:
         found = sweep(

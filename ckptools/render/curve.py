@@ -113,7 +113,7 @@ def _draw_panel(pen: _Pen, panel: Panel, left: float, top: float) -> None:
     box = left + _LEFT, top + _TOP, left + _WIDTH - _RIGHT, top + _HEIGHT - _BOTTOM
     axes = _Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), box)
     pen.text((box[0], top + 4), _fitting(panel.title, box[2] - box[0] + _RIGHT, _HEAD), _HEAD)
-    pen.text((left + 8, top + 34), panel.y_label, _SMALL, _SOFT)
+    pen.text((box[0], top + 30), panel.y_label, _SMALL, _SOFT)
     pen.text(((box[0] + box[2]) / 2, box[3] + 28), panel.x_label, _TEXT, _INK, "ma")
     for y in y_ticks:
         spot = axes.at((axes.x[0], y))

@@ -15,6 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from ckptools.baking import (
+    Baking,
+    adapter_bases,
+    adapter_title,
+    adapters_in,
+    changes_of,
+    numbers_of,
+    over_base,
+)
 from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.copies import as_copy, usual_names
 from ckptools.errors import (
@@ -42,10 +51,9 @@ from ckptools.formula import (
 )
 from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.keymap import key_map_ids
-from ckptools.lora.group import PEFT_CONFIG, AdapterFile, Module, group, scale_of
-from ckptools.lora.kinds import load_kinds
+from ckptools.lora.group import PEFT_CONFIG, AdapterFile, group, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
-from ckptools.lora.names import Fit, fitting_families, targets
+from ckptools.lora.names import targets
 from ckptools.methods import load_methods
 from ckptools.program import (
     MAX_F32_TERMS,
@@ -129,80 +137,6 @@ class Source:
         variant = self.detection.variant or ""
         title = family_of(self.detection).title
         return title if variant in ("", "base") else f"{title} {variant}"
-
-
-def adapter_title(file: AdapterFile) -> str:
-    """What an adapter is, in words: "LoRA of rank 32, for sdxl"."""
-    bases = " or ".join(fit.family for fit in adapter_bases(file))
-    title = " and ".join(adapter_kinds(file))
-    ranks = adapter_ranks(file)
-    if ranks:
-        title += f" of rank {span(ranks)}"
-    return title + (f", for {bases}" if bases else "")
-
-
-def adapter_kinds(file: AdapterFile) -> tuple[str, ...]:
-    """The kinds of an adapter's modules, in words, commonest first."""
-    kinds = Counter(map(module_kind, file.modules.values()))
-    return tuple(kind for kind, _ in kinds.most_common())
-
-
-def module_kind(module: Module) -> str:
-    """What a module is, in words: "DoRA", "LoHa"."""
-    return "DoRA" if module.dora else load_kinds()[module.kind].title
-
-
-def adapter_ranks(file: AdapterFile) -> tuple[int, ...]:
-    """The ranks of an adapter's modules, ascending, each once."""
-    ranks = {module.rank for module in file.modules.values() if module.rank is not None}
-    return tuple(sorted(ranks))
-
-
-def adapter_bases(file: AdapterFile) -> tuple[Fit, ...]:
-    """The families an adapter may be for; () where nothing tells."""
-    columns = {name: module.measure.columns for name, module in file.modules.items()}
-    return fitting_families(columns)
-
-
-def span(numbers: Sequence[float]) -> str:
-    """Ascending numbers as the one that they are, or the first and the last."""
-    if len(numbers) == 1:
-        return f"{numbers[0]:g}"
-    return f"{numbers[0]:g} to {numbers[-1]:g}"
-
-
-@dataclass(frozen=True)
-class Baking:
-    """An adapter that a plan bakes, and where it goes.
-
-    scales  module -> what multiplies its change, before the weight
-    """
-
-    source: Source
-    match: Match
-    scales: Mapping[str, float]
-
-    @property
-    def file(self) -> AdapterFile:
-        """The adapter's modules."""
-        if self.source.adapter is None:
-            raise TypeError(f"{self.source.name} is not an adapter")
-        return self.source.adapter
-
-    @property
-    def matched(self) -> dict[str, int]:
-        """Component of the model -> modules that go into it."""
-        found = {
-            (placed.target.component, placed.module.name): None
-            for places in self.match.placed.values()
-            for placed in places
-        }
-        return dict(Counter(component for component, _ in found))
-
-    @property
-    def used_scales(self) -> tuple[float, ...]:
-        """The scales of its modules, ascending, each once."""
-        return tuple(sorted(set(self.scales.values())))
 
 
 @dataclass(frozen=True)
@@ -327,66 +261,6 @@ def _parts_bytes(changes: Sequence[Change], width: int) -> int:
 def _width(program: Compute) -> int:
     """Bytes of a number in the precision of the arithmetic."""
     return 4 if program.precision == "F32" else 8
-
-
-@dataclass(frozen=True)
-class AppliedChange:
-    """One module of an adapter, as it changes one tensor of a plan."""
-
-    adapter: str
-    change: Change
-    weight: float
-
-
-def changes_in(plan: Plan, step: Step) -> tuple[AppliedChange, ...]:
-    """The adapter modules that change a step's tensor, with the weights they have there."""
-    bakings = {baking.source.name: baking for baking in plan.bakings}
-    found: list[AppliedChange] = []
-    for adapter, weight in _weights_in(step.form) if step.form is not None else ():
-        source = bakings[adapter].source
-        index = plan.sources.index(source)
-        changes = _changes_of(bakings[adapter], index, _canonical_of(plan, step))
-        found += [AppliedChange(adapter, change, weight) for change in changes]
-    return tuple(found)
-
-
-def _canonical_of(plan: Plan, step: Step) -> str:
-    own = {actual: name for name, actual in plan.base.names.items()}
-    return own.get(step.spec.name, step.spec.name)
-
-
-def _weights_in(form: Linear) -> Iterator[tuple[str, float]]:
-    """(adapter, weight) of every adapter in a form, nested ones included."""
-    for leaf, value in form.terms:
-        match leaf:
-            case AdapterDelta(adapter=adapter):
-                yield adapter, value
-            case Baked(model=model, adapter=adapter, strength=strength):
-                yield from _weights_in(model)
-                yield adapter, strength
-            case Applied(models=models):
-                for model in models:
-                    yield from _weights_in(model)
-
-
-def _changes_of(baking: Baking, index: int, name: str) -> tuple[Change, ...]:
-    """What an adapter, source number `index`, does to one tensor."""
-    source = baking.source
-    return tuple(
-        Change(
-            module=placed.module,
-            parts=tuple(
-                (part, Read(index, tensor, source.checkpoint[tensor]))
-                for part, tensor in placed.module.arrays.items()
-            ),
-            scale=baking.scales[placed.module.name],
-            target=placed.target,
-            shape=placed.shape,
-            bias=placed.bias,
-            dora=source.ref.dora,
-        )
-        for placed in baking.match.placed.get(name, ())
-    )
 
 
 # --- opening -----------------------------------------------------------------------------------
@@ -875,7 +749,7 @@ class _Planner:
                 f"({', '.join(list(file.embeddings)[:4])})"
             )
         scales = {
-            module.name: scale_of(module, _numbers_of(source, module.name))
+            module.name: scale_of(module, numbers_of(source, module.name))
             for module in file.modules.values()
         }
         self.bakings[source.name] = Baking(source, found, MappingProxyType(scales))
@@ -887,7 +761,7 @@ class _Planner:
 
     def _changes(self, adapter: str, name: str) -> tuple[Change, ...]:
         """What an adapter does to one tensor."""
-        return _changes_of(self.bakings[adapter], self.index[adapter], name)
+        return changes_of(self.bakings[adapter], self.index[adapter], name)
 
     def _resolved(self, form: Linear, name: str) -> Linear:
         """The form with every adapter as what it is for this tensor: nothing, a delta, or a bake.
@@ -962,7 +836,7 @@ class _Planner:
         lacking = self._lacking(form, name)
         if lacking:
             why = f"{' and '.join(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} it"
-            form = _over_base(form, self.base.name)
+            form = over_base(form, self.base.name)
             if form.terms == ((self.base.name, 1.0),):
                 return replace(_single(spec, own, "carried", why), form=None, lines=lines)
             step = self._formed(name, spec, form, own)
@@ -1029,7 +903,7 @@ class _Planner:
         spec: TensorSpec,
         name: str,
     ) -> Compute:
-        adapters = _adapters_in(form)
+        adapters = adapters_in(form)
         key = (form, tuple(models))
         index: dict[Leaf, int] = {model: i for i, model in enumerate(models)}
         deltas = [leaf for leaf in adapters if isinstance(leaf, AdapterDelta)]
@@ -1232,7 +1106,7 @@ class _Planner:
             leaf.adapter
             for step in plan.steps
             if step.form is not None
-            for leaf in _adapters_in(step.form)
+            for leaf in adapters_in(step.form)
         }
         self.warnings += [
             f"{name} changes nothing: its weight is 0 for all that it has modules for"
@@ -1273,7 +1147,7 @@ class _WideStep:
             for leaf, weight in wide
             if isinstance(leaf, AdapterDelta)
         )
-        for leaf in _adapters_in(rest):
+        for leaf in adapters_in(rest):
             changes = changes_of(leaf.adapter, self.name)
             if any(change.shape[1:2] == self.spec.shape[1:2] for change in changes):
                 self._refuse(leaf.adapter)
@@ -1314,42 +1188,6 @@ def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precisi
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
     return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
-
-
-def _adapters_in(form: Linear) -> list[AdapterDelta | Baked]:
-    """Every adapter in a form, nested ones included, each delta once."""
-    found: dict[AdapterDelta | Baked, None] = {}
-    for leaf, _ in form.terms:
-        match leaf:
-            case AdapterDelta():
-                found[leaf] = None
-            case Baked(model=model):
-                found[leaf] = None
-                found |= dict.fromkeys(_adapters_in(model))
-            case Applied(models=models):
-                for model in models:
-                    found |= dict.fromkeys(_adapters_in(model))
-    return list(found)
-
-
-def _over_base(form: Linear, base: str) -> Linear:
-    """The base alone under the adapters that a form ends in: for tensors that a model lacks."""
-    result = Linear.of(base)
-    for leaf, value in form.terms:
-        if isinstance(leaf, AdapterDelta):
-            result = result + Linear.of(leaf) * value
-    if len(form.terms) == 1 and isinstance(form.terms[0][0], Baked) and form.terms[0][1] == 1.0:
-        inner = form.terms[0][0]
-        return Linear.of(Baked(_over_base(inner.model, base), inner.adapter, inner.strength))
-    return result
-
-
-def _numbers_of(source: Source, module: str) -> dict[str, float]:
-    """The values of a module's alpha and scale: single numbers, read from the file."""
-    if source.adapter is None:
-        return {}
-    parts = source.adapter.modules[module]
-    return {part: source.checkpoint.read_number(parts.parts[part]) for part in parts.numbers}
 
 
 def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ckptools.baking import Baking
     from ckptools.family import Family
     from ckptools.methods import Method
-    from ckptools.plan import Baking, Plan, Source, Step
+    from ckptools.plan import Plan, Source, Step
     from ckptools.rendering import Row
 
 _COMMON_FORMS = 3
@@ -199,7 +200,7 @@ def _source_json(source: Source) -> dict[str, object]:
 
 
 def _baking_json(baking: Baking) -> dict[str, object]:
-    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks
+    from ckptools.baking import adapter_bases, adapter_kinds, adapter_ranks
 
     file = baking.file
     return {
@@ -273,7 +274,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
 
 
 def _show_adapters(plan: Plan) -> None:
-    from ckptools.plan import adapter_bases, adapter_kinds, adapter_ranks, span
+    from ckptools.baking import adapter_bases, adapter_kinds, adapter_ranks, span
 
     table = _table("adapter", "kind", "for", "rank", "scale", "modules", numbers=(3, 4))
     for baking in plan.bakings:
@@ -313,7 +314,7 @@ def _forms_text(steps: Sequence[Step]) -> list[str]:
 
 def explain_json(plan: Plan, step: Step) -> dict[str, object]:
     """One tensor's step as data."""
-    from ckptools.plan import changes_in, module_kind
+    from ckptools.baking import changes_in, module_kind
     from ckptools.program import reads_of
 
     return {
@@ -355,7 +356,7 @@ def explain_json(plan: Plan, step: Step) -> dict[str, object]:
 
 def show_explanation(plan: Plan, step: Step) -> None:
     """The formula with the numbers of one tensor, and which line set each."""
-    from ckptools.plan import changes_in, module_kind
+    from ckptools.baking import changes_in, module_kind
     from ckptools.program import reads_of
 
     show_line(step.spec.name)

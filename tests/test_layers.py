@@ -32,7 +32,7 @@ LAYERS = (
         "lineage",
         "lora",
     },
-    {"plan"},
+    {"plan", "baking"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
     {"workflow", "rendering", "sweep", "convert", "convert_settings", "adapters", "soundness", "kinship", "inspection", "diff", "publication", "checking", "reproduce"},

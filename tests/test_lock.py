@@ -50,6 +50,11 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return error
 
 
+def data_hash(recipe: Path) -> str:
+    manifest = json.loads((recipe.parent / "out.safetensors.ckptools.json").read_text())
+    return str(manifest["outputs"][0]["sha256_data"])
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -93,16 +98,16 @@ def test_a_locked_merge_stays_with_its_commit_when_the_branch_moves(
 ) -> None:
     assert run(["lock", str(recipe), "-q"]) == 0
     assert run(["merge", str(recipe), "-q"]) == 0
-    first = sha256(recipe.parent / "out.safetensors")
+    first = data_hash(recipe)
     old = hub.repos["alice/a"].branches["main"]
     hub.put("alice/a", {"sub/model.safetensors": sd1_models[1]}, private=False)
 
     assert run(["merge", str(recipe), "-q", "--force", "--locked"]) == 0
-    assert sha256(recipe.parent / "out.safetensors") == first
+    assert data_hash(recipe) == first
     manifest = json.loads((recipe.parent / "out.safetensors.ckptools.json").read_text())
     assert manifest["recipe"]["models"]["A"]["path"].endswith(f"@{old}")
     assert run(["merge", str(recipe), "-q", "--force"]) == 0
-    assert sha256(recipe.parent / "out.safetensors") != first
+    assert data_hash(recipe) != first
     assert run(["lock", str(recipe)]) == 0
     out = capsys.readouterr().out
     assert "recipe.lock.yaml" in out
@@ -131,7 +136,7 @@ OTHERS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "commit",
         lambda r: lock_of(r).write_text(
-            lock_of(r).read_text().replace("commit: ", f"commit: {'0' * 40} # ")
+            lock_of(r).read_text().replace("commit: ", f"commit: {'a' * 40} # ")
         ) and None,
         "no revision",
     ),
@@ -168,12 +173,54 @@ def test_a_file_of_the_hub_that_is_not_the_locked_one_is_refused_before_the_down
 ) -> None:
     assert run(["lock", str(recipe), "-q"]) == 0
     text = lock_of(recipe).read_text()
-    lock_of(recipe).write_text(text.replace(sha256(sd1_models[0]), "0" * 64))
+    lock_of(recipe).write_text(text.replace(sha256(sd1_models[0]), "a" * 64))
 
     assert run(["merge", str(recipe), "--locked", "--json"]) == 2
 
     assert "is not the pinned file" in said(capsys)["message"]
     assert hub.requests("GET", "/cdn/") == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        (("ckptools-lock",), 2),
+        (("recipe", "sha256"), 12),
+        (("models", "A", "commit"), 0),
+        (("models", "A", "commit"), "main"),
+        (("models", "A", "file"), "../x.safetensors"),
+        (("models", "A", "files"), []),
+        (("models", "B", "files", 0, "sha256"), 10**63),
+        (("models", "B", "files", 0, "sha256"), ""),
+        (("models", "B", "files", 0, "bytes"), "many"),
+        (("models", "B", "files", 0, "name"), 3),
+    ],
+)
+def test_a_lock_that_was_edited_into_nonsense_is_refused(
+    recipe: Path, part: tuple[str | int, ...], value: object
+) -> None:
+    assert run(["lock", str(recipe), "-q"]) == 0
+    document = yaml.safe_load(lock_of(recipe).read_text())
+    place = document
+    for key in part[:-1]:
+        place = place[key]
+    place[part[-1]] = value
+    lock_of(recipe).write_text(yaml.safe_dump(document))
+
+    with pytest.raises(UsageError, match="this is not a lock"):
+        read_lock(recipe)
+
+
+def test_a_lock_that_takes_a_model_elsewhere_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["lock", str(recipe), "-q"]) == 0
+    document = yaml.safe_load(lock_of(recipe).read_text())
+    document["models"]["B"] = document["models"]["A"]
+    lock_of(recipe).write_text(yaml.safe_dump(document))
+
+    assert run(["merge", str(recipe), "--locked", "--json"]) == 2
+    assert "the lock names another model" in said(capsys)["message"]
 
 
 def test_set_and_locked_exclude_each_other(recipe: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from ckptools.checkpoint import Checkpoint, file_sha256
 from ckptools.errors import CkptError, InputError, RecipeError, UsageError, raise_all
 from ckptools.hub.remote import Hub, Progress
-from ckptools.hubref import HubRef, is_commit, is_hub_text, is_safe_file, parse_hub_ref
+from ckptools.hubref import HubRef, is_hub_text, is_safe_file, parse_hub_ref
 from ckptools.lora.group import PEFT_CONFIG
 from ckptools.plan import Source
 from ckptools.recipe import ModelRef, Recipe
@@ -28,6 +28,7 @@ from ckptools.writer import PartFile, whole_file
 VERSION = 1
 MAX_LOCK_BYTES = 10_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _AGAIN = "write it again with `ckptools lock`"
 
 
@@ -77,11 +78,16 @@ class Lock:
             )
         if recipe.models.keys() != self.models.keys():
             raise RecipeError("the lock names other models", where=self.where, fix=_AGAIN)
-        models = {name: self._pinned(model) for name, model in recipe.models.items()}
+        models = {name: self._pinned(recipe, model) for name, model in recipe.models.items()}
         return replace(recipe, models=MappingProxyType(models))
 
-    def _pinned(self, model: ModelRef) -> ModelRef:
+    def _pinned(self, recipe: Recipe, model: ModelRef) -> ModelRef:
         locked = self.models[model.name]
+        if is_hub_text(model.path) != bool(locked.commit):
+            raise RecipeError("the lock names another model", where=self.where, fix=_AGAIN)
+        path = recipe.file_of(model)
+        if not locked.commit and path.is_file() and len(locked.files) == 1:
+            self._check_size(model.name, path, locked.files[0])  # sooner than a plan can fail
         pinned = replace(model, where=f"{self.where}: {model.name}")
         if is_hub_text(model.path):
             repo = parse_hub_ref(model.path).repo
@@ -102,14 +108,15 @@ class Lock:
             locked = {file.name: file for file in self.models[source.name].files}
             if there.keys() != locked.keys():
                 names = sorted(there.keys() ^ locked.keys())
-                errors.append(self._other(source, f"{names[0]!r} is in one of the two only"))
+                errors.append(self._other(source.name, f"{names[0]!r} is in one of the two only"))
                 continue
             for name, path in there.items():
-                nbytes = path.stat().st_size
-                if nbytes != locked[name].nbytes:
-                    said = f"{name!r} has {nbytes:,} bytes, the lock says {locked[name].nbytes:,}"
-                    errors.append(self._other(source, said))
-                elif locked[name].sha256 and len(locked) > 1:
+                try:
+                    self._check_size(source.name, path, locked[name])
+                except InputError as exc:
+                    errors.append(exc)
+                    continue
+                if locked[name].sha256 and len(locked) > 1:
                     work.append((source, path, locked[name]))
         raise_all(errors)
         if work:
@@ -118,12 +125,18 @@ class Lock:
             found = file_sha256(path, progress.advance)
             if found != file.sha256:
                 said = f"the sha256 of {file.name!r} is {found}, the lock says {file.sha256}"
-                errors.append(self._other(source, said))
+                errors.append(self._other(source.name, said))
         raise_all(errors)
 
-    def _other(self, source: Source, what: str) -> CkptError:
+    def _check_size(self, name: str, path: Path, file: LockedFile) -> None:
+        nbytes = path.stat().st_size
+        if nbytes != file.nbytes:
+            said = f"{file.name!r} has {nbytes:,} bytes, the lock says {file.nbytes:,}"
+            raise self._other(name, said)
+
+    def _other(self, name: str, what: str) -> InputError:
         return InputError(
-            f"{source.name} is not the locked model: {what}",
+            f"{name} is not the locked model: {what}",
             where=self.where,
             fix=f"get the locked files, or {_AGAIN}",
         )
@@ -273,29 +286,40 @@ def read_lock(recipe: Path) -> Lock:
 
 
 def _parsed(document: Any, where: str) -> Lock:
+    """A lock from data that anybody may have edited; anything unexpected is a `ValueError`."""
     if document["ckptools-lock"] != VERSION:
         raise ValueError("another version")
-    models = {}
-    for name, entry in document["models"].items():
-        files = tuple(
-            LockedFile(_safe(item["name"]), int(item["bytes"]), _hex(item.get("sha256", "")))
-            for item in entry["files"]
-        )
-        commit, file = entry.get("commit", ""), entry.get("file", "")
-        if (commit and not is_commit(commit)) or (file and not is_safe_file(file)) or not files:
-            raise ValueError(name)
-        models[str(name)] = LockedModel(str(entry["path"]), commit, file, files)
-    sha256 = _hex(document["recipe"]["sha256"])
+    models = {str(name): _model(entry) for name, entry in document["models"].items()}
+    sha256 = _matching(_SHA256, document["recipe"]["sha256"])
     return Lock(where, sha256, MappingProxyType(models))
 
 
-def _safe(name: str) -> str:
-    if not is_safe_file(name):
-        raise ValueError(name)
+def _model(entry: Mapping[str, Any]) -> LockedModel:
+    path, file = str(entry["path"]), entry.get("file", "")
+    is_remote = is_hub_text(path)
+    files = tuple(
+        LockedFile(
+            _safe(item["name"]),
+            int(item["bytes"]),
+            # of a small file of a repository the commit is enough
+            _matching(_SHA256, item["sha256"]) if not is_remote or "sha256" in item else "",
+        )
+        for item in entry["files"]
+    )
+    if not files:
+        raise ValueError("no files")
+    commit = _matching(_COMMIT, entry["commit"]) if is_remote else ""
+    return LockedModel(path, commit, _safe(file) if file else "", files)
+
+
+def _safe(name: object) -> str:
+    if not isinstance(name, str) or not is_safe_file(name):
+        raise ValueError(f"{name!r} is no file's name")
     return name
 
 
-def _hex(text: str) -> str:
-    if text and not _SHA256.fullmatch(text):
-        raise ValueError(text)
+def _matching(pattern: re.Pattern[str], text: object) -> str:
+    """The text, if it is one: YAML reads digits without quotes as a number."""
+    if not isinstance(text, str) or not pattern.fullmatch(text):
+        raise ValueError(f"{text!r} is not what belongs here")
     return text

@@ -87,12 +87,14 @@ def bake_module(
         held = [part.T for part in held]
     order = sorted(range(len(held)), key=lambda i: changes[i].target.part or (0, 0))
     seen = torch.cat([held[i] for i in order])  # a copy, in the module's order
-    rows = [held[i].shape[0] for i in order]
     bake = bake_bias if first.bias else partial(bake_weight, dora=first.dora)
     own = seen if first.bias else seen.reshape(first.shape)
     result = bake(first.module, own, parts, scale=first.scale, strength=strength)
-    for i, values in zip(order, result.reshape(seen.shape).split(rows), strict=True):
-        held[i].copy_(values)
+    values, start = result.reshape(seen.shape), 0
+    for i in order:
+        end = start + held[i].shape[0]
+        held[i].copy_(values[start:end])
+        start = end
 
 
 def _index(change: Change) -> tuple[slice, ...]:

@@ -28,7 +28,7 @@ from ckptools.errors import (
     UsageError,
     VerificationError,
 )
-from ckptools.family import load_families
+from ckptools.family import Detection, load_families
 from ckptools.hashing import FileHashes, Progress, hash_source
 from ckptools.hub.card import Facts, Parent, Picture, Weights, card_licence, make_card
 from ckptools.hub.licences import Licence, inherit
@@ -64,6 +64,7 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _SMALL_BYTES = 50_000_000  # of what is no weights: pictures, texts
 _HUGE_BYTES = 500_000_000_000  # the Hub takes no larger file
 _MOVES = 5
+_TELLING = 5  # characters: shorter names stand in many texts by chance
 _TEXTS = (".md", ".json", ".yaml", ".yml", ".html", ".txt", ".py")
 _UNCHECKED = "mend it, or publish it as it is with --force-unchecked"
 
@@ -180,14 +181,13 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
     render (unless `order.force_unchecked`), `UnsafeError` for what would name this machine.
     """
     files = _files_of(path)
-    notes = _check(path, order)
+    detection, notes = _check(path, order)
     hashes = hash_source(path, progress=progress)
     by_path = {file.path.resolve(): file for file in hashes.files}
     weights = {
         name: by_path[file.resolve()] for name, file in files.items() if file.resolve() in by_path
     }
     manifest = _manifest(path)
-    is_folder = path.is_dir()
     uploads = [
         Upload(name, weights[name].path, weights[name].nbytes, weights[name].sha256, "")
         if name in weights
@@ -207,7 +207,7 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
         notes.append("not rendered: `ckptools render` shows whether it still draws")
     uploads += [small(RECIPE, _yaml(manifest["recipe"]))] if "recipe" in manifest else []
     _check_private(path, uploads, weights, order)
-    facts = _facts(path, order, weights, manifest, rendered, uploads, is_folder=is_folder)
+    facts = _facts(path, order, weights, manifest, rendered, uploads, detection)
     with open_checkpoint(path) as checkpoint:
         own = checkpoint.metadata.get("modelspec.license", "")
     return Gathered(path, order, tuple(uploads), facts, own, tuple(notes))
@@ -265,8 +265,8 @@ def _files_of(path: Path) -> dict[str, Path]:
     return found
 
 
-def _check(path: Path, order: Order) -> list[str]:
-    """What `verify` warns of; an error for what it finds wrong."""
+def _check(path: Path, order: Order) -> tuple[Detection | None, list[str]]:
+    """What the model is, and what `verify` warns of; an error for what it finds wrong."""
     found = verify_source(path, deep=True)
     if found.problems and not order.force_unchecked:
         error = UnsafeError if found.unsafe else VerificationError
@@ -277,7 +277,7 @@ def _check(path: Path, order: Order) -> list[str]:
             fix=f"`ckptools verify {path.name} --deep` tells all; {_UNCHECKED}",
         )
     words = [f"unchecked: {problem.message}" for problem in found.problems]
-    return [*words, *(warning.message for warning in found.warnings)]
+    return found.detection, [*words, *(warning.message for warning in found.warnings)]
 
 
 def _stem(path: Path) -> str:
@@ -329,10 +329,8 @@ def _facts(
     manifest: Mapping[str, Any],
     report: Mapping[str, Any],
     uploads: Sequence[Upload],
-    *,
-    is_folder: bool,
+    detection: Detection | None,
 ) -> Facts:
-    detection = verify_source(path).detection
     family = detection.family or "" if detection else ""
     recipe = manifest.get("recipe", {})
     names = {upload.path for upload in uploads}
@@ -360,7 +358,7 @@ def _facts(
         pictures=tuple(_pictures(report, names, path)),
         sheet="renders/sheet.png" if "renders/sheet.png" in names else "",
         verdict=str(report.get("verdict") or ""),
-        is_folder=is_folder,
+        is_folder=path.is_dir(),
         tags=order.tags,
         description=order.description,
     )
@@ -441,8 +439,9 @@ def _check_private(
 
 def _leak(name: str, data: bytes, path: Path) -> str:
     """What a file tells of this machine, in a word; "" for nothing."""
-    folders = {str(path.resolve().parent), str(Path.home())} - {"/", "."}
-    if any(folder.encode() in data for folder in folders):
+    folders = {str(path.resolve().parent), str(Path.home())}
+    long = [re.escape(folder).encode() for folder in folders if len(folder) >= _TELLING]
+    if long and re.search(rb"(?:%b)(?![\w.-])" % b"|".join(long), data):
         return "a path"
     if not name.endswith(_TEXTS):
         return ""
@@ -451,7 +450,7 @@ def _leak(name: str, data: bytes, path: Path) -> str:
         return "a path"
     words = {"the name": socket.gethostname(), "the user's name": _user()}
     for what, word in words.items():
-        if len(word) > 4 and re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", text):
+        if len(word) >= _TELLING and re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", text):
             return what
     return ""
 
@@ -514,17 +513,16 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
     if tagged and (moves or tagged != remote.head):
         raise tag_taken(repo, order.tag)
     tag_action = ("same" if tagged else "add") if order.tag else ""
-    visibility = "public" if remote.private is False or (
-        not remote.exists and order.public) else "private"  # fmt: skip
+    is_public = not remote.private if remote.exists else order.public
     return Publication(
-        gathered,
-        remote,
-        visibility,
-        card,
-        licence,
-        rows,
-        tag_action,
-        tuple(notes),  # type: ignore[arg-type]  # one of the two words
+        gathered=gathered,
+        remote=remote,
+        visibility="public" if is_public else "private",
+        card=card,
+        licence=licence,
+        rows=rows,
+        tag_action=tag_action,
+        notes=tuple(notes),
     )
 
 

@@ -888,6 +888,8 @@ def _card_errors(content: str) -> list[str]:
         errors.append('"license" must be one of the known licenses')
     if data.get("base_model_relation", "merge") not in _RELATIONS:
         errors.append('"base_model_relation" must be one of [adapter, merge, quantized, finetune]')
+    if not isinstance(data.get("language", ""), str | list):
+        errors.append('"language" must be a string or a list of strings')
     bases = data.get("base_model", [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", str(base)):

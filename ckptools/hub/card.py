@@ -344,9 +344,10 @@ def _files(facts: Facts) -> str:
 def _again(facts: Facts) -> str:
     command = (
         f"hf download {facts.repo or 'OWNER/NAME'} {facts.recipe} --local-dir .\n"
-        f"ckptools merge {facts.recipe}\n"
-        f"ckptools verify {facts.output} --sha256 {facts.weights[0].sha256}"
+        f"ckptools merge {facts.recipe}"
     )
+    if len(facts.weights) == 1:
+        command += f"\nckptools verify {facts.output} --sha256 {facts.weights[0].sha256}"
     where = "" if all(parent.hub for parent in facts.parents) else " Put the parents beside it."
     return (
         "## How to make it again\n\n"

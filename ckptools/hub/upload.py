@@ -9,11 +9,13 @@ Xet on the other side an upload fails instead of going over LFS; requests have n
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -152,21 +154,19 @@ class Hub:
         self.sleep(seconds)
 
 
-def connect(
-    tell: Callable[[str], None], *, endpoint: str = "", quiet: bool = False
-) -> Hub:  # fmt: skip
+def connect(tell: Callable[[str], None], *, quiet: bool = False) -> Hub:
     """The Hub of `HF_ENDPOINT`, with the user's own login; asks nothing yet.
 
     quiet  whether the client's progress bars stay away
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     _limit_times()
-    logging.set_verbosity_error()  # what matters is told by `tell`
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `tell` says what matters
     if quiet:
         disable_progress_bars()
-    return Hub(HfApi(endpoint=endpoint or None, library_name="ckptools"), tell)
+    return Hub(HfApi(library_name="ckptools"), tell)
 
 
 def _limit_times() -> None:
@@ -213,7 +213,7 @@ def look(hub: Hub, repo: str, branch: str, paths: Sequence[str]) -> Remote:
 
     def info() -> Any:
         try:
-            return hub.api.repo_info(repo)
+            return hub.api.model_info(repo)
         except RepositoryNotFoundError:
             return None
         except HfHubHTTPError as exc:  # how the Hub hides what an unknown user may not see
@@ -228,14 +228,7 @@ def look(hub: Hub, repo: str, branch: str, paths: Sequence[str]) -> Remote:
     refs = hub.call(lambda: hub.api.list_repo_refs(repo), doing)
     branches = {ref.name: ref.target_commit for ref in refs.branches}
     head = branches.get(branch) or branches.get("main") or str(found.sha)
-    rows = hub.call(
-        lambda: hub.api.get_paths_info(repo, [*paths, "README.md"], revision=head), doing
-    )
-    files = {
-        row.path: RemoteFile(row.size, row.blob_id, row.lfs.sha256 if row.lfs else "")
-        for row in rows
-        if hasattr(row, "blob_id")
-    }
+    files = _files(hub, repo, [*paths, "README.md"], head)
     return Remote(
         repo=repo,
         branch=branch,
@@ -248,9 +241,23 @@ def look(hub: Hub, repo: str, branch: str, paths: Sequence[str]) -> Remote:
     )
 
 
+def _files(hub: Hub, repo: str, paths: Sequence[str], revision: str) -> dict[str, RemoteFile]:
+    """The files that stand at these paths."""
+    from huggingface_hub.hf_api import RepoFile
+
+    rows = hub.call(
+        lambda: hub.api.get_paths_info(repo, [*paths], revision=revision), f"look at {repo}"
+    )
+    return {
+        row.path: RemoteFile(row.size, row.blob_id, row.lfs.sha256 if row.lfs else "")
+        for row in rows
+        if isinstance(row, RepoFile)
+    }
+
+
 def _readme(hub: Hub, repo: str, revision: str) -> str:
     from huggingface_hub import get_session
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub.utils._http import hf_raise_for_status
 
     def get() -> str:
         url = f"{hub.api.endpoint}/{repo}/resolve/{revision}/README.md"
@@ -264,7 +271,7 @@ def _readme(hub: Hub, repo: str, revision: str) -> str:
 
 def card_facts(hub: Hub, repo: str) -> tuple[str, bool]:
     """(licence as its card says or "", whether it is gated) of another's repository."""
-    info = hub.call(lambda: hub.api.repo_info(repo), f"look at {repo}")
+    info = hub.call(lambda: hub.api.model_info(repo), f"look at {repo}")
     data = info.card_data
     licence = str((data.get("license") if data else "") or "")
     name = str((data.get("license_name") if data else "") or "")
@@ -385,7 +392,7 @@ def _operation(
 
     source = upload.source
     if isinstance(source, bytes):
-        return CommitOperationAdd(upload.path, source)
+        return CommitOperationAdd(upload.path, source if stack is None else BytesIO(source))
     operation = CommitOperationAdd(upload.path, str(source))
     operation.upload_info.sha256 = bytes.fromhex(upload.sha256)
     if stack is not None:
@@ -395,15 +402,7 @@ def _operation(
 
 def check_arrived(hub: Hub, repo: str, revision: str, uploads: Sequence[Upload]) -> None:
     """Raise `VerificationError` unless the revision holds exactly these files."""
-    rows = hub.call(
-        lambda: hub.api.get_paths_info(repo, [item.path for item in uploads], revision=revision),
-        f"check {repo}",
-    )
-    files = {
-        row.path: RemoteFile(row.size, row.blob_id, row.lfs.sha256 if row.lfs else "")
-        for row in rows
-        if hasattr(row, "blob_id")
-    }
+    files = _files(hub, repo, [upload.path for upload in uploads], revision)
     for upload in uploads:
         there = files.get(upload.path)
         if there is None or not there.is_same(upload):
@@ -447,7 +446,7 @@ def _failures() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error = HfHubHTTPError.__mro__[1]  # of whichever HTTP library the client uses
-    return (HfHubHTTPError, http_error, OSError, RuntimeError)  # type: ignore[return-value]  # mro
+    return (HfHubHTTPError, http_error, OSError, RuntimeError)
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:

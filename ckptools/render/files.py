@@ -48,7 +48,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
         grey = opened.convert("RGBA").convert("L")
         if "A" in opened.getbands():
             alpha = opened.getchannel("A")
-            if alpha.getextrema()[0] < 255:  # painted with an eraser, as for DALL·E
+            if np.asarray(alpha).min() < 255:  # painted with an eraser, as for DALL·E
                 grey = ImageChops.invert(alpha)
     pixels = _fitted(grey, size, smooth=False)
     return np.where(pixels >= 128, np.uint8(255), np.uint8(0))

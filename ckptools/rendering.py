@@ -829,12 +829,15 @@ def _with_pictures(
 
 
 def _condition(order: Order, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A ControlNet's picture: drawn by its kind, or read from a file."""
-    from ckptools.render.conditions import CONDITIONS, draw_condition
+    """A ControlNet's picture: drawn by its kind, read from a file, or the edges of one."""
+    from ckptools.render.conditions import CONDITIONS, draw_condition, find_edges
     from ckptools.render.files import read_picture
 
     if order.condition in CONDITIONS:
         return draw_condition(order.condition, size)
+    kind, colon, name = order.condition.partition(":")
+    if colon and kind == "edges" and Path(name).is_file():
+        return find_edges(read_picture(Path(name), size))
     path = Path(order.condition)
     if not order.condition or not path.is_file():
         raise UsageError(

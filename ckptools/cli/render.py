@@ -93,8 +93,9 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option(
     "--condition",
     default=None,
-    metavar="KIND|IMAGE",
-    help="Its picture: a file, or a kind that is drawn, such as edges or depth.",
+    metavar="KIND|FILE",
+    help="Its picture: a file, edges:FILE for the edges of one, or a kind that is drawn: edges, "
+    "depth, normal, lines, pose.",
 )
 @click.option(
     "--config",

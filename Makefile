@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fmt lint check docs bench gpu clean
+.PHONY: demo test fmt lint check docs pictures bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/ckptools demo
@@ -32,6 +32,14 @@ docs: .venv/.dev
 	$(BIN)/python -m cogapp -r $(COGGED)
 	$(BIN)/ckptools schema > docs/recipe.schema.json
 
+# The pictures of `render` and `sweep` in the documents, drawn anew.
+pictures: .venv/.dev
+	$(BIN)/ckptools render recipes/add-difference.yaml --set M=1 -q -o out/pictures
+	$(BIN)/ckptools sweep recipes/add-difference.yaml --set M=0:1:0.25 -q -f -o out/sweep
+	cp out/pictures/sheet.png docs/images/sheet.png
+	cp out/sweep/curve.png docs/images/sweep-curve.png
+	cp out/sweep/sheet.png docs/images/sweep-sheet.png
+
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench.py --write docs/benchmarks.md
 
@@ -44,7 +52,7 @@ clean:
 # Pinned versions are installed first, so that a newer torch never comes in with its gigabytes.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[render]"
 	touch $@
 
 .venv/.dev: .venv/.ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -63,22 +64,45 @@ def test_the_inpainting_recipe_takes_nine_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_file(output)[name][:, 4:], inpainting[name][:, 4:])
 
 
-def test_the_demo_merges_and_says_so(
+@pytest.mark.slow
+def test_the_demo_merges_checks_draws_and_sweeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     assert run(["demo"]) == 0
 
     out = capsys.readouterr().out
-    assert "A + (B - C) * M" in out
+    told = ["A + (B - C) * M", "wrote", "still work", "verdict: pass", "M=0.5", "report.html"]
+    assert [words for words in told if words not in out] == []
+    demo = tmp_path / "demo"
+    assert (demo / "pastel-outlined.safetensors").is_file()
+    for folder in ("pictures", "sweep"):
+        assert (demo / folder / "report.html").is_file()
+        assert (demo / folder / "sheet.png").is_file()
+
+
+def test_without_the_render_extra_the_demo_merges_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+
+    assert run(["demo"]) == 0
+    assert run(["demo"]) == 0  # and again
+
+    out = capsys.readouterr().out
     assert "wrote" in out
+    assert "pip install 'ckptools[render]', and run this again" in out
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
         "pastel-outlined.safetensors",
         "pastel-outlined.safetensors.ckptools.json",
         "recipe.yaml",
     ]
-    assert run(["demo"]) == 0  # and again
 
 
 @pytest.mark.parametrize("name", ["striped", "glow"])

@@ -13,14 +13,19 @@ import click
     default=Path("demo"), show_default=True, help="Folder to write to.",
 )  # fmt: skip
 def command(folder: Path) -> None:
-    """Merge the tiny models that come with ckptools: plan, explain, merge.
+    """Merge the tiny models that come with ckptools, check the merge and draw with it.
+
+    Plans, explains, merges, checks, draws the merge beside its parents, and sweeps over its
+    parameter: two minutes on a processor. Without the `render` extra it ends with the merge.
 
     \b
     Example:
       ckptools demo
     """
     from ckptools import report
-    from ckptools.workflow import demo_recipe, find_step, merge, planned
+    from ckptools.errors import UsageError
+    from ckptools.rendering import Order, check_order
+    from ckptools.workflow import demo_recipe, find_step, merge, planned, render_recipe
 
     recipe = demo_recipe(folder)
     report.show_line(f"recipe: {recipe.path}")
@@ -32,3 +37,35 @@ def command(folder: Path) -> None:
     with report.BarProgress() as progress:
         result = merge(recipe, force=True, progress=progress)
     report.show_merge(result)
+    try:
+        check_order(Order())
+    except UsageError as exc:
+        report.show_line("")
+        report.show_line(f"To check the merge and to draw with it: {exc.fix}, and run this again.")
+        return
+
+    from ckptools import report_check, report_render, report_sweep
+    from ckptools.checking import check_source
+    from ckptools.sweep import Draws, sweep
+
+    models = {name: recipe.file_of(ref) for name, ref in recipe.models.items()}
+    report.show_line("")
+    report.show_line("Does it still work?")
+    checked = check_source(
+        result.output, against=(models["A"], models["B"]), base=models["C"],
+        tell=report.show_message,
+    )  # fmt: skip
+    report_check.show_check(checked)
+    report.show_line("")
+    report.show_line("What does it draw, beside its parents?")
+    with report.PictureProgress() as pictures:
+        drawn = render_recipe(recipe, folder=folder / "pictures", progress=pictures)
+    report_render.show_rendering(drawn)
+    report.show_line("")
+    report.show_line("And at other values of M?")
+    with report_sweep.SweepBars() as bars:
+        swept = sweep(
+            recipe, recipe.sweep, folder / "sweep", draws=Draws(seeds=(1,)), force=True,
+            progress=bars,
+        )  # fmt: skip
+    report_sweep.show_sweep(swept, report_sweep.write_report(swept))

@@ -41,12 +41,12 @@ from ckptools.manifest import (
     embedded_metadata,
     with_hash,
 )
-from ckptools.plan import Plan, make_plan
+from ckptools.plan import Plan
 from ckptools.recipe import Recipe
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.workflow import Progress as MergeProgress
-from ckptools.workflow import check_pins, tasks_of
+from ckptools.workflow import check_pins, planned, tasks_of
 from ckptools.writer import Layout, lay_out
 
 if TYPE_CHECKING:
@@ -445,16 +445,14 @@ def _check_recipe(
     output = checkpoint.path.absolute()
     output = output.with_name(output.name.removesuffix(_INDEX))
     recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
-    plan = make_plan(recipe, threads=threads, write=False)
-    try:
+    told = _Told(progress)
+    with planned(recipe, threads=threads, write=False, progress=told) as plan:
         hash_inputs = _recorded_inputs(checkpoint)
-        sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=_Told(progress))
+        sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=told)
         before = len(found.problems)
         found.problems += _planned_otherwise(plan, checkpoint)
         if len(found.problems) == before:
             _compare(plan, checkpoint, sha256s, found, progress)
-    finally:
-        plan.close()
 
 
 class _Told(MergeProgress):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +93,17 @@ def planned(
     *,
     threads: int,
     force: bool = False,
+    write: bool = True,
     headers_only: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Plan]:
     """A plan whose sources are closed at the end.
 
+    force, write  as `make_plan` has them
     headers_only  read no more than headers of models that are on the Hub; otherwise they are
                   downloaded, once a plan by their headers stands
     """
+    make = partial(make_plan, threads=threads, force=force, write=write)
     opener: Opener = open_checkpoint
     if recipe.is_remote:
         from ckptools.hub.remote import Hub  # loads the Hub's client
@@ -107,9 +111,9 @@ def planned(
         hub = Hub(progress)
         recipe, opener = hub.pinned(recipe), hub.open_headers
         if not headers_only:
-            make_plan(recipe, threads=threads, force=force, opener=opener).close()
+            make(recipe, opener=opener).close()
             opener = hub.open_whole
-    plan = make_plan(recipe, threads=threads, force=force, opener=opener)
+    plan = make(recipe, opener=opener)
     try:
         yield plan
     finally:

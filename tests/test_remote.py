@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,71 @@ def test_a_file_that_changes_between_two_parts_is_refused(
 
     assert isinstance(error, NetworkError)
     assert "the revision moved while it was read: its sha256 was" in error.what
+
+
+def renamed(hub: LoopbackHub, oid: str, name: str = "alice/a") -> Callable[[], None]:
+    """Lets a hub answer requests for main's commit with one that is called `oid`."""
+
+    def change() -> None:
+        repo = hub.repos[name]
+        commit = repo.commits[repo.branches["main"]]
+        repo.commits[repo.branches["main"]] = replace(commit, oid=oid)
+
+    return change
+
+
+def test_a_hub_that_answers_for_another_commit_is_refused(pair: LoopbackHub) -> None:
+    commit = pair.repos["alice/a"].branches["main"]
+    pair.fail("GET", "/resolve/", before=renamed(pair, "f" * 40))
+    assert "moved while it was read: the Hub answers for commit ffff" in (
+        look_error("hf://alice/a").what
+    )
+    with pytest.raises(NetworkError, match="moved while it was read"):
+        Hub().look(Path(f"hf://alice/a@{commit}"))
+    renamed(pair, commit)()
+
+    pair.fail("HEAD", "/resolve/", before=renamed(pair, "e" * 40))
+    with pytest.raises(NetworkError, match="moved while it was read: the Hub answers for commit e"):
+        Hub().fetch(HubRef("alice/a"))
+
+    renamed(pair, "no commit")()
+    assert look_error("hf://alice/a").what == "the server names no commit"
+
+
+def test_a_branch_that_moves_within_a_session_stays_what_it_was(
+    pair: LoopbackHub, sd1_models: Models
+) -> None:
+    hub = Hub()
+    first = hub.find(HubRef("alice/a")).ref.revision
+    pair.put("alice/a", {"model.safetensors": sd1_models[2]}, private=False)
+
+    with hub.open_whole(Path("hf://alice/a")) as found, open_checkpoint(sd1_models[0]) as expected:
+        name = next(iter(expected))
+        assert found.read(name) == expected.read(name)
+    assert hub.find(HubRef("alice/a")).ref.revision == first
+    assert Hub().find(HubRef("alice/a")).ref.revision != first
+
+
+def test_a_part_of_a_file_of_another_size_is_refused(pair: LoopbackHub, sd1_models: Models) -> None:
+    sha256 = hashlib.sha256(sd1_models[0].read_bytes()).hexdigest()
+    pair.object_path(sha256).write_bytes(sd1_models[0].read_bytes() + b"more")
+
+    error = look_error("hf://alice/a")
+
+    assert isinstance(error, NetworkError)
+    assert "the server sent 'bytes 0-524287/" in error.what
+    assert "were asked for" in error.what
+
+
+def test_a_file_that_is_listed_and_not_there_is_refused(pair: LoopbackHub) -> None:
+    def remove() -> None:
+        repo = pair.repos["alice/a"]
+        commit = repo.commits[repo.branches["main"]]
+        repo.commits[commit.oid] = replace(commit, files={})
+
+    pair.fail("GET", "/resolve/", before=remove)
+
+    assert look_error("hf://alice/a").what == "the Hub has no such file"
 
 
 # --- which file --------------------------------------------------------------------------------
@@ -506,6 +572,48 @@ def test_an_adapter_is_fetched_for_a_plan_for_its_scales_are_values(
     assert answer(capsys)["kind"] == "lora"
 
 
+def test_verify_computes_a_merge_of_the_hubs_models_again(
+    pair: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe_in(tmp_path, "{A: hf://alice/a, B: hf://alice/b}", "A * 0.5 + B * 0.5")
+    assert run(["merge", str(path), "-q"]) == 0
+
+    code = run(["verify", str(tmp_path / "out.safetensors"), "--recipe", str(path), "--json"])
+
+    assert code == 0, capsys.readouterr().out
+
+
+def test_the_config_of_a_peft_adapter_comes_with_it(
+    hub: LoopbackHub, sd1_models: Models, tmp_path: Path
+) -> None:
+    files: dict[str, Path | bytes] = {
+        "l/adapter_model.safetensors": sd1_models[0],
+        "l/adapter_config.json": b'{"lora_alpha": 4}',
+        "l/more.json": b"{}",
+    }
+    hub.put("alice/l", files, private=False)
+
+    path = Hub().fetch(HubRef("alice/l"))
+
+    assert sorted(item.name for item in path.parent.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_pickle_is_fetched_for_a_plan_for_it_has_no_header(
+    hub: LoopbackHub, tmp_path: Path, sd1_models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(sd1_models[0]), tmp_path / "m.ckpt")
+    hub.put("alice/p", {"m.ckpt": tmp_path / "m.ckpt"}, private=False)
+
+    assert run(["plan", str(recipe_in(tmp_path, "{A: hf://alice/p/m.ckpt}", "A")), "--json"]) == 0
+    assert answer(capsys)["family"] == "sd1"
+
+
 # --- downloads ---------------------------------------------------------------------------------
 
 
@@ -523,6 +631,16 @@ def test_a_file_that_is_not_the_hubs_is_refused_and_put_out_of_the_cache(
         assert "run it again" in caught.value.fix
     pair.object_path(sha256).write_bytes(sd1_models[0].read_bytes())
     assert Hub().fetch(HubRef("alice/a")).read_bytes() == sd1_models[0].read_bytes()
+
+
+def test_a_file_of_another_size_in_the_cache_is_put_out_of_it(pair: LoopbackHub) -> None:
+    path = Hub().fetch(HubRef("alice/a"))
+    with path.open("ab") as stream:
+        stream.write(b"x")
+
+    with pytest.raises(NetworkError, match="is not the Hub's: it has"):
+        Hub().fetch(HubRef("alice/a"))
+    assert not path.exists()
 
 
 def test_what_is_in_the_cache_is_used_without_a_network(

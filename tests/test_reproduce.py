@@ -203,6 +203,30 @@ def test_what_is_no_manifest_is_said_to_be_none(tmp_path: Path, raw: bytes) -> N
     assert run(["reproduce", str(path), "-q"]) == 2
 
 
+def test_an_original_with_other_tensors_is_named(merged: Path) -> None:
+    """The original is the merge; what the edited recipe gives has a tensor less, or one more."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = merged.parent
+    tensors = load_file(folder / "A.safetensors")
+    name = min(tensors)
+    for extra in (True, False):
+        changed = dict(tensors)
+        if extra:
+            changed[f"{name}_"] = torch.zeros(3, dtype=torch.float16)
+        else:
+            del changed[name]
+        expected = f"{name}_: not in the original" if extra else f"{name}: not in the repetition"
+        save_file(changed, folder / "A.safetensors")
+        document = json.loads(merged.read_text())
+        document["recipe"]["models"]["A"].pop("sha256", None)
+        document["inputs"][0].pop("header_sha256", None)
+        merged.write_text(json.dumps(document))
+
+        assert reproduce(merged).first == expected
+
+
 # --- on the Hub --------------------------------------------------------------------------------
 
 

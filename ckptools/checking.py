@@ -91,7 +91,10 @@ def check_recipe(
     threads: int = 2,
     tell: Tell = lambda stage: None,
 ) -> Checked:
-    """Check what a recipe would write, without writing it; its models are the parents."""
+    """Check what a recipe would write, without writing it; its models are the parents.
+
+    config  None: what the recipe says of its base
+    """
     from ckptools.check import Merged
 
     with planned(recipe, threads=threads, force=True) as plan:
@@ -101,6 +104,9 @@ def check_recipe(
             for each in plan.sources
             if each.detection.kind == "checkpoint"
         }
+        said = plan.base.ref.config
+        if config is None and said:
+            config = recipe.path.parent / Path(said).expanduser()
         model = cast("Checkpoint", Merged(plan))  # it has all of it that is asked for here
         found = _check(model, parents, set(), config, quick=quick, threads=threads, tell=tell)
     return Checked(recipe.path, *found)

@@ -145,11 +145,19 @@ class Variants:
     def groups(self, budget: int) -> list[list[int]]:
         """The models, in order, in runs that fit into so many bytes together; one at least each."""
         made: list[list[int]] = []
-        for number in range(len(self.models)):
-            if made and self.kept_bytes([*made[-1], number]) <= budget:
+        held: set[tuple[str, int]] = set()
+        total = 0
+        for number, model in enumerate(self.models):
+            sizes = {(n, self._distinct[n][number]): model.tasks[n].spec.nbytes
+                     for n in self.changing}  # fmt: skip
+            more = sum(nbytes for key, nbytes in sizes.items() if key not in held)
+            if made and total + more <= budget:
                 made[-1].append(number)
             else:
                 made.append([number])
+                held, total, more = set(), 0, sum(sizes.values())
+            held |= sizes.keys()
+            total += more
         return made
 
     def keep(
@@ -318,14 +326,19 @@ class Variants:
 
 def _distinct(tasks: Sequence[Task]) -> tuple[int, ...]:
     """For every task the number of the first that makes the same bytes, counted without gaps."""
-    seen: list[tuple[object, str]] = []
+    seen: dict[tuple[object, str], int] = {}
+    odd: list[tuple[object, str]] = []  # programs that cannot be hashed: those with adapters
     found = []
     for task in tasks:
         key = (task.program, task.spec.dtype)
-        if key not in seen:
-            seen.append(key)
-        found.append(seen.index(key))
-    return tuple(found)
+        try:
+            found.append(seen.setdefault(key, len(seen) + len(odd)))
+        except TypeError:
+            if key not in odd:
+                odd.append(key)
+            found.append(-1 - odd.index(key))
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(found))}
+    return tuple(numbers[each] for each in found)
 
 
 def _first_of_each(which: Sequence[int], numbers: Sequence[int]) -> list[int]:

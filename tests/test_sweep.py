@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,8 @@ from ckptools.errors import OutputError, UsageError
 from ckptools.recipe import load_recipe
 from ckptools.render import Pipeline, Request, draw, load_pipeline
 from ckptools.render.probes import usual_guidance
-from ckptools.sweep import Apart, Draws, SweepProgress, Swept, choose, draws_of, sweep
+from ckptools.sweep import Apart, Draws, SweepProgress, Swept, choose, draws_of, recipe_text, sweep
+from ckptools.variants import memory_for
 from ckptools.workflow import merge
 
 TINY = Path(report_sweep.__file__).parent / "tiny"
@@ -399,6 +401,41 @@ def test_the_best_is_merged_by_a_recipe_of_its_own(
     (image,) = folder.glob("images/M=0.75*.png")
     assert np.array_equal(pixels(image), wanted)
     assert (folder / "best.yaml").read_text().startswith("# M=0.75 loras[0].weight=0.5: the best")
+
+
+def test_a_recipe_moves_with_its_paths(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "ckptools: 1\n"
+        f"models: {{A: {{path: a.safetensors, config: conf}}, B: {TINY}/B.safetensors}}\n"
+        "params: {M: 1, N: {unet: 2}}\nmerge: A * (1 - M) + B * M * N\n"
+        "loras: [{path: sub/x.safetensors, weight: 0.3, dora: comfy}, y.safetensors]\n"
+        "render: true\nsweep: {M: [0, 1]}\noutput: {path: out/o.safetensors, dtype: fp16}\n"
+    )
+    numbers = {"N": 0.5, "loras[0].weight": 0.25}
+
+    text = recipe_text(load_recipe(path), numbers, tmp_path / "far" / "away")
+
+    assert yaml.safe_load(text) == {
+        "ckptools": 1,
+        "models": {
+            "A": {"path": "../../a.safetensors", "config": "../../conf"},
+            "B": f"{TINY}/B.safetensors",
+        },
+        "params": {"M": 1, "N": 0.5},
+        "merge": "A * (1 - M) + B * M * N",
+        "loras": [
+            {"path": "../../sub/x.safetensors", "dora": "comfy", "weight": 0.25},
+            "../../y.safetensors",
+        ],
+        "output": {"path": "../../out/o.safetensors", "dtype": "fp16"},
+    }
+
+
+def test_memory_is_what_is_free_less_what_drawing_takes() -> None:
+    assert memory_for(1_000_000_000, 10_000_000_000) == 7_000_000_000
+    assert memory_for(9_000_000_000, 10_000_000_000) == 0
+    assert memory_for(0, None) == 2_000_000_000
 
 
 def test_measures_choose(plain: Swept) -> None:

@@ -275,6 +275,14 @@ def test_xet_carries_the_weights_where_the_hub_has_it(
         assert client.told == []
 
 
+def test_large_files_go_in_parts(client: Client, model: Path) -> None:
+    client.server.part_bytes = 200_000
+    client.publish(model)
+
+    assert weights_sent(client.server) == -(-model.stat().st_size // 200_000)
+    assert client.server.content(REPO, "mixed.safetensors") == model.read_bytes()
+
+
 def test_without_xet_on_the_other_side_it_goes_over_lfs_and_says_so(
     client: Client, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +396,17 @@ def test_a_refusal_is_told_at_once_and_nothing_is_half_done(
     assert not client.server.repos or client.server.files(REPO) == set()
 
 
+def test_offline_means_offline(
+    client: Client, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="OfflineModeIsEnabled"):
+        client.publish(model)
+
+    assert client.waits == []
+    assert client.server.log == []
+
+
 def test_a_token_that_may_only_read_is_refused_first(client: Client, model: Path) -> None:
     client.server.role = "read"
     with pytest.raises(NetworkError, match="may only read"):
@@ -498,6 +517,8 @@ def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(
     ("changed", "error", "said"),
     [
         ({"repo": ""}, UsageError, "no repository"),
+        ({"repo": "a/b/c"}, UsageError, "is no name of a repository"),
+        ({"repo": "../b"}, UsageError, "is no name of a repository"),
         ({"as_pull_request": True, "tag": "v1"}, UsageError, "cannot be tagged"),
         ({"as_pull_request": True}, NetworkError, "no repository alice/mixed"),
     ],

@@ -229,7 +229,7 @@ MISTAKES = [
     ("let: {x: 'bake(A, B, weight=A)'}", "bake: weight must be a number", "such as"),
     ("let: {x: 'bake(A, A + B)'}", "the adapter must be a name of `models:`", "known"),
     ("publish: [x]", "publish must be a mapping, it is a list", "key: value"),
-    ("publish: {token: hf_x}", "unknown key 'token' in publish", "did you mean"),
+    ("publish: {token: hf_x}", "unknown key 'token' in publish", "known: branch"),
     ("publish: {hub: {Q: a/b}}", "hub: unknown model 'Q'", "known: A, B"),
     ("publish: {licenses: {A: }}", "licenses 'A' must be text, it is empty", "give it a value"),
     ("publish: {tags: art}", "tags must be a list, it is 'art'", "[art, anime]"),

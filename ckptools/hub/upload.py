@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Action = Literal["add", "update", "same"]
 T = TypeVar("T")
 
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _TRIES = 6
 _LONGEST_WAIT_S = 60.0
 _CONNECT_S, _SILENCE_S = 15.0, 120.0
@@ -188,10 +190,11 @@ def _limit_times() -> None:
 
 
 def full_name(hub: Hub, repo: str) -> str:
-    """`owner/name`; a bare name is the user's own."""
-    if "/" in repo:
-        return repo
-    return f"{who(hub)}/{repo}"
+    """`owner/name`; a bare name is the user's own. Raises `UsageError` for no name at all."""
+    name = repo if "/" in repo else f"{who(hub)}/{repo}"
+    if not _REPO.fullmatch(name) or ".." in name or "--" in name:
+        raise UsageError(f"{repo!r} is no name of a repository", fix="give --repo owner/name")
+    return name
 
 
 def who(hub: Hub) -> str:
@@ -466,9 +469,11 @@ def _response(exc: BaseException) -> Any:
 
 def _is_passing(exc: BaseException) -> bool:
     """Whether the same request may succeed later."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     response = _response(exc)
     if response is None:
-        return not isinstance(exc, FileNotFoundError | PermissionError)
+        return not isinstance(exc, FileNotFoundError | PermissionError | OfflineModeIsEnabled)
     return response.status_code in (408, 429) or response.status_code >= 500
 
 

@@ -330,7 +330,7 @@ def test_several_files_are_listed_and_one_is_to_be_named(
 @pytest.mark.parametrize(
     ("ref", "what", "fix"),
     [
-        ("hf://alice/a/modle.safetensors", "no file 'modle.safetensors'", "'model.safetensors'"),
+        ("hf://alice/a/model2.safetensors", "no file 'model2.safetensors'", "'model.safetensors'"),
         ("hf://alice/a/README.md", "'README.md' is not a file of weights", "model.safetensors"),
         ("hf://alice/a@v9", "no revision 'v9'", "a branch, a tag or a commit"),
         ("hf://alice/a/zz", "no file 'zz'", "give one of its files: model.safetensors"),

@@ -48,7 +48,6 @@ render:
   steps: 3
   sampler: DDIM
   device: cpu
-  against: [{tiny}/B.safetensors]
 """
 
 
@@ -63,9 +62,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write_recipe(folder: Path, merge: str = "A + (B - C)", when: str = "") -> Path:
     path = folder / "recipe.yaml"
     text = RECIPE.format(tiny=TINY.as_posix(), merge=merge)
-    path.write_text(
-        text + (SECTION.format(when=when, tiny=TINY.as_posix()) if when else ""), encoding="utf-8"
-    )
+    path.write_text(text + (SECTION.format(when=when) if when else ""), encoding="utf-8")
     return path
 
 
@@ -216,7 +213,7 @@ def test_a_merge_is_drawn_when_its_recipe_says(
     found = said(capsys)
 
     assert found["render"]["verdict"] == "pass"
-    assert [image["model"] for image in found["render"]["images"]] == ["merge", "B"]
+    assert len(found["render"]["images"]) == 4
     assert (tmp_path / "merged-render" / "sheet.png").is_file()
     assert (tmp_path / "merged.safetensors").is_file()
 
@@ -242,7 +239,7 @@ def test_what_a_recipe_orders_is_what_is_drawn(tmp_path: Path) -> None:
     image = tmp_path / "start.png"
     Image.fromarray(drawn_shape((64, 64))).save(image)
     more = "  guidance: 2\n  seeds: [4]\n  image: start.png\n  strength: 0.5\n  against: none\n"
-    recipe.write_text(recipe.read_text().partition("  against:")[0] + more)
+    recipe.write_text(recipe.read_text() + more)
 
     order = rendering.section_order(load_recipe(recipe))
 
@@ -259,8 +256,7 @@ def test_what_a_recipe_orders_is_what_is_drawn(tmp_path: Path) -> None:
 
 def test_the_deeper_checks_are_run_where_the_recipe_says(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, when="never")
-    text = recipe.read_text().partition("  against:")[0]
-    recipe.write_text(text + "  check: true\n  against: none\n")
+    recipe.write_text(recipe.read_text() + "  check: true\n  against: none\n")
 
     assert run(["render", str(recipe), "-q"]) == 0
 

@@ -37,7 +37,8 @@ def spots(line: Line, *others: Line) -> np.ndarray:
     panel = Panel("Title", "x", "y", (line, *others))
     picture = np.asarray(draw_panels([[panel]], title="All " * 60, note="a\x1bnote"))
     wanted = tuple(int(COLOURS[line.style][n : n + 2], 16) for n in (1, 3, 5))
-    return np.argwhere(abs(picture.astype(int) - wanted).max(axis=-1) < 90)
+    near = abs(picture.astype(int) - wanted).max(axis=-1) < 90
+    return np.argwhere(near & (np.ptp(picture, axis=-1) > 70))  # words are grey
 
 
 def test_a_rising_line_rises() -> None:

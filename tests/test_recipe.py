@@ -312,7 +312,6 @@ MODEL_MISTAKES = [
     ("hf://org/repo/a.safetensors@", "'' is no revision", "a tag or a commit"),
     ("{path: 'hf://org/repo@v1', revision: v2}", "two revisions, 'v1' in the path and 'v2'", "one"),
     ("{path: a.safetensors, revision: main}", "`revision` is for hf:// sources", "remove it"),
-    ("{path: a.safetensors, config: d}", "`config` is not in this version", "remove `config:`"),
 ]
 
 

@@ -19,8 +19,9 @@ import click
 from ckptools.errors import CkptError, nearest
 
 _COMMANDS = (
-    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash", "convert",
-    "lora", "lock", "reproduce", "sweep", "publish", "card", "methods", "families", "demo", "schema",
+    "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash",
+    "convert", "lora", "lock", "reproduce", "sweep", "publish", "card", "methods", "families",
+    "demo", "schema",
 )  # fmt: skip
 # A closed terminal (SIGHUP, which Windows lacks) is an interruption like any other.
 _TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))

@@ -18,11 +18,21 @@ from safetensors.torch import load_file
 
 from ckptools import rendering
 from ckptools.cli import run
-from ckptools.errors import InputError, UsageError
+from ckptools.errors import InputError, OutputError, UsageError
 from ckptools.recipe import load_recipe
 from ckptools.render import Request, draw, load_pipeline, to_pixels
-from ckptools.render.files import infotext, read_mask, read_picture
-from ckptools.render.probes import PHOTOS, SHAPES, Probe, drawn_mask, drawn_picture, drawn_shape
+from ckptools.render.files import infotext, read_mask, read_picture, write_picture
+from ckptools.render.page import html_page
+from ckptools.render.probes import (
+    PHOTOS,
+    SHAPES,
+    Probe,
+    drawn_mask,
+    drawn_picture,
+    drawn_shape,
+    probes_for,
+    usual_guidance,
+)
 from ckptools.render.prompts import clip_tokenizer
 from ckptools.render.sheet import contact_sheet
 from ckptools.rendering import Order, Progress, Row, file_subject, render, render_files
@@ -612,3 +622,93 @@ def test_a_file_named_as_an_attack_becomes_a_word(tmp_path: Path) -> None:
     assert {path.parent for path in (tmp_path / "out").rglob("*")} == {tmp_path / "out"}
     assert not list(tmp_path.glob("*.png"))
     assert all(drawn.path.is_file() for drawn in found.pictures.values())
+
+
+# --- the rest -----------------------------------------------------------------------------------
+
+
+def test_the_words_that_a_model_knows_choose_what_it_draws() -> None:
+    tiny = load_pipeline(TINY / "C.safetensors", device="cpu")
+    (encoder,) = tiny.text_encoders
+    clip = replace(encoder, tokenizer=clip_tokenizer())
+    bytewise = replace(encoder.tokenizer, engine=_Bytes())
+
+    large = replace(tiny, text_encoders=(clip,), blueprint=replace(tiny.blueprint, family="sdxl"))
+    edit = replace(tiny, blueprint=replace(tiny.blueprint, variant="ip2p"))
+    assert (probes_for(large), usual_guidance(large)) == (PHOTOS, 6)
+    assert usual_guidance(replace(tiny, text_encoders=(clip,))) == 7
+    assert [probe.id for probe in probes_for(edit)] == ["red", "star"]
+    with pytest.raises(UsageError, match="no built-in prompt"):
+        probes_for(replace(tiny, text_encoders=(replace(encoder, tokenizer=bytewise),)))
+
+
+class _Bytes:
+    """A vocabulary of letters."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> _Bytes:
+        self.ids = list(text.encode())
+        return self
+
+
+def test_an_interrupted_gate_ends_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, when="before_save")
+    monkeypatch.setattr("ckptools.render.draw", _interrupt)
+
+    assert run(["merge", str(recipe), "-q"]) == 130
+    assert not (tmp_path / "merged.safetensors").exists()
+    assert run(["render", str(TINY / "C.safetensors"), "-o", str(tmp_path / "x")]) == 130
+    assert not list(tmp_path.rglob("sheet.png"))
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_paths_of_a_recipe_are_beside_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, when="never")
+    Image.fromarray(drawn_shape((64, 64))).save(tmp_path / "edges.png")
+    recipe.write_text(
+        recipe.read_text() + "  folder: pictures\n  condition: edges.png\n  control: "
+        f"{(TINY / 'control.safetensors').as_posix()}\n"
+    )
+
+    assert run(["render", str(recipe), "--prompt", PROMPT, "--steps", "1", "-q"]) == 0
+    document = json.loads((tmp_path / "pictures" / "report.json").read_text())
+    assert document["settings"]["condition"].endswith("edges.png")
+    assert document["settings"]["control"] == "control.safetensors"
+
+
+def test_without_the_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+
+    with pytest.raises(UsageError, match="pictures need diffusers") as caught:
+        rendering.check_order(Order())
+    assert "ckptools[render]" in caught.value.fix
+
+
+def test_large_pictures_are_embedded_as_jpeg() -> None:
+    page = html_page({"pixels": np.zeros((512, 512, 3), np.uint8)})
+
+    assert '"data:image/jpeg;base64,' in page
+
+
+def test_files_that_cannot_be_written_or_are_too_large_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = drawn_shape((64, 64))
+    with pytest.raises(OutputError, match="No such file"):
+        write_picture(picture, tmp_path / "none" / "x.png", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="exists"):
+        render_files([TINY / "C.safetensors"], QUICK, tmp_path / "file")
+    write_picture(picture, tmp_path / "x.png", {})
+    monkeypatch.setattr("ckptools.render.files._MOST_PIXELS", 64)
+    with pytest.raises(InputError, match="too many pixels"):
+        read_picture(tmp_path / "x.png")

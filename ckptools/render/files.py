@@ -73,9 +73,7 @@ class _opened:  # noqa: N801  # a context, read as a word
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 self._image: Image.Image = Image.open(self._path)
-                if self._image.width * self._image.height > _MOST_PIXELS:
-                    raise ValueError("too many pixels")
-                self._image.load()
+                self._read()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
                 Image.DecompressionBombWarning) as exc:  # fmt: skip
             what = getattr(exc, "strerror", None) or str(exc).split(":")[0]
@@ -88,6 +86,16 @@ class _opened:  # noqa: N801  # a context, read as a word
 
     def __exit__(self, *_: object) -> None:
         self._image.close()
+
+    def _read(self) -> None:
+        """Read all pixels, or close the file."""
+        try:
+            if self._image.width * self._image.height > _MOST_PIXELS:
+                raise ValueError("too many pixels")
+            self._image.load()
+        except BaseException:
+            self._image.close()
+            raise
 
 
 def _fitted(picture: Image, size: tuple[int, int] | None, *, smooth: bool) -> NDArray[np.uint8]:

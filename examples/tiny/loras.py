@@ -45,7 +45,7 @@ class Lora:
 
 LORAS = {
     "striped": Lora(seed=44, steps=400, lr=4e-3, batch=24, per_subject=10, warmup=20),
-    "glow": Lora(seed=55, steps=70, lr=6e-3, batch=16, per_subject=4, warmup=8),
+    "glow": Lora(seed=55, steps=400, lr=4e-3, batch=24, per_subject=10, warmup=20),
 }
 
 

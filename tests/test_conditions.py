@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from ckptools.errors import UsageError
 from ckptools.render.conditions import CONDITIONS, draw_condition, find_edges, star
+from ckptools.rendering import Order, numbered, render_files
 
+TINY = Path(__file__).parent.parent / "ckptools" / "tiny"
 Pixels = NDArray[np.uint8]
 SIZES = [(64, 64), (96, 72), (200, 333), (512, 512)]
 any_size = pytest.mark.parametrize("size", SIZES, ids=str)
@@ -213,3 +217,36 @@ def test_a_person_has_openpose_s_colours_in_their_places() -> None:
     assert at(-0.085, 0.45) == [153, 0, 0]  # neck to right shoulder: 0.6 of red
     assert at(0.085, 0.45) == [153, 51, 0]
     assert len({tuple(colour) for colour in picture.reshape(-1, 3)}) == 1 + 17 + 18
+
+
+# --- with a ControlNet -------------------------------------------------------------------------
+
+
+def draw_with(condition: str, folder: Path) -> Pixels:
+    """What the tiny model draws with the tiny ControlNet."""
+    order = Order(
+        prompts=numbered(["a yellow circle on a black background"]), steps=12,
+        control=TINY / "control.safetensors", condition=condition,
+    )  # fmt: skip
+    found = render_files([TINY / "C.safetensors"], order, folder)
+    (drawn,) = found.pictures.values()
+    return drawn.pixels
+
+
+def test_a_controlnet_draws_where_the_edges_are(tmp_path: Path) -> None:
+    """After edges drawn here, and after those of a picture in a file: the prompt says circle."""
+    aim = star((64, 64))
+    shape = np.repeat(np.where(aim, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+    Image.fromarray(shape).save(tmp_path / "star.png")
+
+    drawn = draw_with("edges", tmp_path / "one")
+    again = draw_with(f"edges:{tmp_path / 'star.png'}", tmp_path / "two")
+
+    inside = drawn.max(axis=2) > 128
+    assert (inside & aim).sum() / (inside | aim).sum() > 0.6
+    assert np.array_equal(drawn, again)
+
+
+def test_a_condition_that_is_neither_kind_nor_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no condition 'edges:none\.png'"):
+        draw_with("edges:none.png", tmp_path / "out")

@@ -78,7 +78,10 @@ def _ridges(dx: NDArray[np.int32], dy: NDArray[np.int32]) -> NDArray[np.bool_]:
         (~flat & ~steep & ~falls, beside(-1, -1), size > beside(1, 1)),
         (~flat & ~steep & falls, beside(-1, 1), size > beside(1, -1)),
     )
-    return np.any([way & (size > before) & not_less for way, before, not_less in ways], axis=0)
+    found = np.zeros(size.shape, bool)
+    for way, before, not_less in ways:
+        found |= way & (size > before) & not_less
+    return found
 
 
 def _joined(strong: NDArray[np.bool_], weak: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -126,7 +129,7 @@ def star(size: tuple[int, int]) -> NDArray[np.bool_]:
     along, aside = radius * np.cos(angle), radius * np.sin(angle)
     outer, inner = 0.72, 0.34
     foot, side = inner * np.cos(turn / 2), inner * np.sin(turn / 2)
-    return side * (along - outer) + (outer - foot) * aside <= 0.0
+    return np.asarray(side * (along - outer) + (outer - foot) * aside <= 0.0, bool)
 
 
 # --- a scene -------------------------------------------------------------------------------------
@@ -258,10 +261,9 @@ def _person(size: tuple[int, int]) -> Pixels:
 
 def _hue(number: int) -> Floats:
     """The full colour at 20° times a number: red, orange, yellow …"""
-    away = np.abs(
-        (number / 3 - np.array([0, 2, 4]) + 3) % 6 - 3
-    )  # from red, green and blue, in 60°
-    return np.round(255 * np.clip(2 - away, 0, 1))
+    pure = np.array([0, 2, 4])  # red, green and blue, in steps of 60°
+    away = np.abs((number / 3 - pure + 3) % 6 - 3)
+    return np.asarray(np.round(255 * np.clip(2 - away, 0, 1)), np.float64)
 
 
 _DRAWERS: Mapping[str, Callable[[tuple[int, int]], Pixels]] = MappingProxyType(

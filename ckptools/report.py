@@ -457,9 +457,7 @@ class BarProgress(Progress):
 
     def planned(self, plan: Plan) -> None:
         """Say what will happen, and every warning, before it does."""
-        models = ", ".join(
-            f"{source.name} {source.label}" for source in plan.sources
-        )
+        models = ", ".join(f"{source.name} {source.label}" for source in plan.sources)
         self._bars.console.print(safe(f"{plan.recipe.merge.text.strip()}   ({models})"))
         for warning in plan.warnings:
             self._bars.console.print(safe(f"warning: {warning}"), style="yellow")

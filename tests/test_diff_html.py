@@ -105,7 +105,8 @@ def seen(page: Path) -> dict:
     )
     done = subprocess.run(
         [
-            *(chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=390,800"),
+            *(chromium(), "--headless", "--no-sandbox", "--disable-gpu"),
+            *("--disable-dev-shm-usage", "--window-size=390,800"),
             *(f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"),
             *("--virtual-time-budget=5000", "--dump-dom", probed.as_uri()),
         ],

@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from ckptools.cli import run
 from ckptools.errors import CkptError, InputError, NetworkError, UnsafeError, UsageError
+from ckptools.hub import require_client
 from ckptools.hub.remote import FIRST_READ_BYTES, Hub
 from ckptools.hubref import HubRef, hub_ref_of, parse_hub_ref, shown
 from ckptools.recipe import load_recipe
@@ -713,3 +714,10 @@ def test_local_work_does_not_load_the_client(sd1_models: Models, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == ["0", "False"]
+
+
+def test_an_old_client_is_named_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptools.hub.version", lambda package: "0.36.2")
+
+    with pytest.raises(UsageError, match=r"huggingface_hub 1\.0 or later; 0\.36\.2 is installed"):
+        require_client()

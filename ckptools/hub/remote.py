@@ -29,6 +29,7 @@ from ckptools.checkpoint import (
 from ckptools.errors import CkptError, InputError, NetworkError, nearest_name, raise_all
 from ckptools.family import detect
 from ckptools.folders import chosen_weights, from_diffusers, open_folder
+from ckptools.hub import require_client
 from ckptools.hubref import (
     HubRef,
     hub_ref_of,
@@ -479,6 +480,7 @@ def _is_offline() -> bool:
 
 def _ask(ref: HubRef) -> Snapshot:
     """The commit and the files of a revision, in one request."""
+    require_client()
     from huggingface_hub import HfApi
 
     with _asking(ref):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ckptools.errors import CkptError, NetworkError, UsageError, VerificationError
+from ckptools.hub import require_client
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -161,6 +162,7 @@ def connect(tell: Callable[[str], None], *, quiet: bool = False) -> Hub:
 
     quiet  whether the client's progress bars stay away
     """
+    require_client()
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -49,6 +49,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast, get_args
 
+from ckptools.datafile import check_keys, items, mapping, texts
 from ckptools.errors import InputError, nearest
 from ckptools.tensors import TensorSpec
 
@@ -670,16 +671,16 @@ _FAMILY_KEYS = (
 
 
 def _family(data: dict[str, object]) -> Family:
-    _check_keys(data, _FAMILY_KEYS)
+    check_keys(data, _FAMILY_KEYS)
     kind = str(data["kind"])
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}; {nearest(kind, KINDS)}")
-    blocks = _mapping(data.get("blocks"))
-    prediction = _mapping(data.get("prediction"))
-    variants = _mapping(data.get("variants"))
-    compat = _mapping(blocks.get("compat"))
-    layouts = _mapping(data.get("layouts"))
-    components = _mapping(data.get("components"))
+    blocks = mapping(data.get("blocks"))
+    prediction = mapping(data.get("prediction"))
+    variants = mapping(data.get("variants"))
+    compat = mapping(blocks.get("compat"))
+    layouts = mapping(data.get("layouts"))
+    components = mapping(data.get("components"))
     return Family(
         id=str(data["id"]),
         title=str(data["title"]),
@@ -690,13 +691,13 @@ def _family(data: dict[str, object]) -> Family:
         variants=MappingProxyType({key: _variant(key, variants[key]) for key in variants}),
         variant_needed=data.get("variant_needed") is True,
         layouts=MappingProxyType({key: _marks(layouts[key]) for key in layouts}),
-        components=MappingProxyType({key: _texts(components[key]) for key in components}),
+        components=MappingProxyType({key: texts(components[key]) for key in components}),
         renames=MappingProxyType(_text_mapping(data.get("renames"))),
         blocks=expand_blocks(str(blocks.get("order", ""))),
         block_rules=_block_rules(blocks.get("of")),
         compat=MappingProxyType({key: _block_rules(compat[key]) for key in compat}),
-        protected=_texts(data.get("protected")),
-        input_tensors=_texts(data.get("input_tensors")),
+        protected=texts(data.get("protected")),
+        input_tensors=texts(data.get("input_tensors")),
         copied=MappingProxyType(_text_mapping(data.get("copied"))),
         usual_prediction=_text_or_none(prediction.get("usual")),
         prediction_markers=MappingProxyType(_text_mapping(prediction.get("markers"))),
@@ -725,11 +726,11 @@ _VARIANT_KEYS = ("architecture", "resolution", "marks", "usual_prediction", "pre
 
 
 def _variant(variant_id: str, data: object) -> Variant:
-    fields = _mapping(data)
-    _check_keys(fields, _VARIANT_KEYS)
+    fields = mapping(data)
+    check_keys(fields, _VARIANT_KEYS)
     predicts = {
-        prediction: (str(_mapping(other)["architecture"]), str(_mapping(other)["resolution"]))
-        for prediction, other in _mapping(fields.get("predicts")).items()
+        prediction: (str(mapping(other)["architecture"]), str(mapping(other)["resolution"]))
+        for prediction, other in mapping(fields.get("predicts")).items()
     }
     return Variant(
         id=variant_id,
@@ -754,7 +755,7 @@ _MARK_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 
 
 def _marks(data: object) -> tuple[Mark, ...]:
-    return tuple(_mark(_mapping(item)) for item in _list(data))
+    return tuple(_mark(mapping(item)) for item in items(data))
 
 
 def _mark(data: dict[str, object]) -> Mark:
@@ -762,20 +763,20 @@ def _mark(data: dict[str, object]) -> Mark:
     if len(asks) != 1:
         raise ValueError(f"a mark asks one of {', '.join(get_args(Ask))}: {data}")
     ask = cast(Ask, asks[0])
-    _check_keys(data, {ask, "says"} | _MARK_KEYS[ask])
+    check_keys(data, {ask, "says"} | _MARK_KEYS[ask])
     if ask == "each" and "ndim" not in data and not {"size", "width_of"} & data.keys():
         raise ValueError(f"`each` needs `ndim`, or `dim` with `size` or `width_of`: {data}")
     return Mark(
         ask=ask,
-        patterns=_texts(data[ask]),
+        patterns=texts(data[ask]),
         says=str(data["says"]),
         at_least=_int(data.get("at_least", 1)),
         at_most=_int(data.get("at_most", Mark.at_most)),
         instead=tuple(_text_mapping(data.get("instead")).items()),
         ndim=_int(data["ndim"]) if "ndim" in data else None,
         dim=_int(data.get("dim", 0)),
-        sizes=tuple(_int(size) for size in _list(data.get("size"))),
-        width_of=_texts(data.get("width_of")),
+        sizes=tuple(_int(size) for size in items(data.get("size"))),
+        width_of=texts(data.get("width_of")),
         count=_int(data.get("count", 0)),
     )
 
@@ -784,31 +785,8 @@ def _block_rules(data: object) -> tuple[BlockRule, ...]:
     return tuple(BlockRule(prefix, block) for prefix, block in _text_mapping(data).items())
 
 
-def _check_keys(data: Mapping[str, object], known: Iterable[str]) -> None:
-    for key in sorted(data.keys() - set(known)):
-        raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
-
-
-def _mapping(data: object) -> dict[str, object]:
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise TypeError(f"a mapping is wanted, not {data!r}")
-    return {str(key): value for key, value in data.items()}
-
-
 def _text_mapping(data: object) -> dict[str, str]:
-    return {key: str(value) for key, value in _mapping(data).items()}
-
-
-def _list(data: object) -> list[object]:
-    if data is None:
-        return []
-    return data if isinstance(data, list) else [data]
-
-
-def _texts(data: object) -> tuple[str, ...]:
-    return tuple(str(item) for item in _list(data))
+    return {key: str(value) for key, value in mapping(data).items()}
 
 
 def _text_or_none(data: object) -> str | None:

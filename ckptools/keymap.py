@@ -28,7 +28,7 @@ both directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import product
@@ -36,6 +36,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from ckptools.datafile import check_keys, items, mapping, texts
 from ckptools.errors import InputError, nearest
 from ckptools.tensors import TensorSpec
 
@@ -353,13 +354,13 @@ _ADAPTER_KEYS = ("underscored", "dotted", "original", "optional", "kohya")
 
 def _read_with_base(folder: Path, stem: str) -> dict[str, object]:
     data = _read_yaml(folder / f"{stem}.yaml")
-    _check_keys(data, _KEYS)
+    check_keys(data, _KEYS)
     if "extends" not in data:
         return data
     base = _read_with_base(folder, str(data["extends"]))
     merged = {**base, **data}
     for key in ("ranges", "tables", "adapters", "ordinals"):
-        merged[key] = {**_mapping(base.get(key)), **_mapping(data.get(key))}
+        merged[key] = {**mapping(base.get(key)), **mapping(data.get(key))}
     return merged
 
 
@@ -368,30 +369,30 @@ def _read_yaml(path: Path) -> dict[str, object]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return _mapping(yaml.load(path.read_text(encoding="utf-8"), Loader=loader))
+        return mapping(yaml.load(path.read_text(encoding="utf-8"), Loader=loader))
     except yaml.YAMLError as exc:
         raise InputError(f"not YAML: {exc}", where=path.name) from exc
 
 
 def _key_map(family: str, data: Mapping[str, object]) -> KeyMap:
-    tables = {name: _mapping(table) for name, table in _mapping(data.get("tables")).items()}
+    tables = {name: mapping(table) for name, table in mapping(data.get("tables")).items()}
     expander = _Expander(tables, _ranges(data.get("ranges")))
-    adapters = _mapping(data.get("adapters"))
-    ordinals = _mapping(data.get("ordinals"))
+    adapters = mapping(data.get("adapters"))
+    ordinals = mapping(data.get("ordinals"))
     components = {}
-    for id_, raw in _mapping(data["components"]).items():
-        fields = _mapping(raw)
-        _check_keys(fields, _COMPONENT_KEYS)
+    for id_, raw in mapping(data["components"]).items():
+        fields = mapping(raw)
+        check_keys(fields, _COMPONENT_KEYS)
         components[id_] = Component(
             id=id_,
-            prefixes=_texts(fields["prefix"]),
-            lines=MappingProxyType(dict(expander.lines(_mapping(fields["names"])))),
+            prefixes=texts(fields["prefix"]),
+            lines=MappingProxyType(dict(expander.lines(mapping(fields["names"])))),
             adapters=_adapter_names(adapters[str(fields["adapters"])]),
             ordinal=_ordinal(ordinals[str(fields["ordinal"])]) if "ordinal" in fields else None,
             older=_words(tables[str(fields["older"])]) if "older" in fields else {},
         )
     fits = tuple(
-        tuple(_adapter_mark(item) for item in _list(group)) for group in _list(data.get("fits"))
+        tuple(_adapter_mark(item) for item in items(group)) for group in items(data.get("fits"))
     )
     return KeyMap(family, MappingProxyType(components), fits)
 
@@ -401,27 +402,27 @@ def _words(table: Mapping[str, object]) -> Mapping[str, str]:
 
 
 def _adapter_names(data: object) -> AdapterNames:
-    fields = _mapping(data)
-    _check_keys(fields, _ADAPTER_KEYS)
+    fields = mapping(data)
+    check_keys(fields, _ADAPTER_KEYS)
     return AdapterNames(
-        underscored=_texts(fields.get("underscored")),
-        dotted=_texts(fields.get("dotted")),
-        original=_texts(fields.get("original")),
+        underscored=texts(fields.get("underscored")),
+        dotted=texts(fields.get("dotted")),
+        original=texts(fields.get("original")),
         optional=str(fields.get("optional", "")),
         kohya=str(fields.get("kohya", "diffusers")),
     )
 
 
 def _ordinal(data: object) -> Ordinal:
-    fields = _mapping(data)
-    _check_keys(fields, ("prefix", "first", "modules"))
-    modules = [str(name) for group in _list(fields["modules"]) for name in _list(group)]
-    return Ordinal(str(fields["prefix"]), _texts(fields["first"]), tuple(modules))
+    fields = mapping(data)
+    check_keys(fields, ("prefix", "first", "modules"))
+    modules = [str(name) for group in items(fields["modules"]) for name in items(group)]
+    return Ordinal(str(fields["prefix"]), texts(fields["first"]), tuple(modules))
 
 
 def _adapter_mark(data: object) -> AdapterMark:
-    fields = _mapping(data)
-    _check_keys(fields, ("module", "inputs", "says"))
+    fields = mapping(data)
+    check_keys(fields, ("module", "inputs", "says"))
     inputs = fields.get("inputs")
     if inputs is not None and not isinstance(inputs, int):
         raise TypeError(f"a whole number is wanted, not {inputs!r}")
@@ -430,7 +431,7 @@ def _adapter_mark(data: object) -> AdapterMark:
 
 def _ranges(data: object) -> dict[str, range]:
     ranges = {}
-    for letter, text in _mapping(data).items():
+    for letter, text in mapping(data).items():
         first, _, last = str(text).partition("-")
         ranges[letter] = range(int(first), int(last) + 1)
     return ranges
@@ -456,8 +457,8 @@ class _Expander:
 
     def lines(self, names: Mapping[str, object]) -> Iterator[tuple[str, tuple[_Share, ...]]]:
         for left, right in names.items():
-            for name, texts in self._without_tables(left, _right_texts(right)):
-                yield from self._without_letters(name, [_share(text) for text in texts])
+            for name, words in self._without_tables(left, _right_texts(right)):
+                yield from self._without_letters(name, [_share(text) for text in words])
 
     def _without_tables(
         self, left: str, rights: tuple[str, ...]
@@ -519,7 +520,7 @@ def _number(text: str, values: Mapping[str, int]) -> int:
 
 
 def _right_texts(right: object) -> tuple[str, ...]:
-    return () if right is None else _texts(right)
+    return () if right is None else texts(right)
 
 
 def _share(text: str) -> _Share:
@@ -533,26 +534,3 @@ def _share(text: str) -> _Share:
         parts=int(found["parts"] or 1),
         op=_OPS[found["op"]] if found["op"] else "none",
     )
-
-
-def _check_keys(data: Mapping[str, object], known: Iterable[str]) -> None:
-    for key in sorted(data.keys() - set(known)):
-        raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
-
-
-def _mapping(data: object) -> dict[str, object]:
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise TypeError(f"a mapping is wanted, not {data!r}")
-    return {str(key): value for key, value in data.items()}
-
-
-def _list(data: object) -> list[object]:
-    if data is None:
-        return []
-    return data if isinstance(data, list) else [data]
-
-
-def _texts(data: object) -> tuple[str, ...]:
-    return tuple(str(item) for item in _list(data))

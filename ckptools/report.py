@@ -497,7 +497,8 @@ class PictureProgress(Pictures):
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._bars.stop()
+        if self._all is not None:  # bars that never began would end with an empty line
+            self._bars.stop()
 
     def loading(self, label: str) -> None:
         """The model's name, while it is loaded."""

@@ -82,9 +82,8 @@ def test_help_shows_an_example_that_parses(command: str, capsys: Captured) -> No
     assert code == 0
     assert "Example" in shown
     assert examples
-    for example in examples:
-        assert example[1] in COMMANDS
-        assert command in ("", example[1])
+    assert all(example[1] in COMMANDS for example in examples)
+    assert command in ("", *(example[1] for example in examples))
 
 
 def test_help_lists_every_command(capsys: Captured) -> None:

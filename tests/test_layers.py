@@ -14,7 +14,7 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "tensors", "hubref"},
+    {"errors", "datafile", "tensors", "hubref"},
     {
         "checkpoint",
         "sources",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import pytest
+from browser import what_a_reader_sees
 
 from ckptools import rendering
 from ckptools.render.probes import Probe
@@ -58,14 +56,6 @@ addEventListener("load", () => {
 });
 </script>
 """
-CATCH = "<script>window.problems = []; onerror = m => window.problems.push(String(m));</script>"
-
-
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no Chromium: install it to test the HTML report")
 
 
 @pytest.fixture(scope="module")
@@ -108,23 +98,7 @@ def test_the_page_loads_nothing_and_holds_no_foreign_markup(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def seen(page: Path) -> dict:
-    text = page.read_text(encoding="utf-8")
-    probed = page.with_name("probed.html")
-    probed.write_text(
-        text.replace("<head>", "<head>" + CATCH).replace("</body>", PROBE + "</body>"),
-        encoding="utf-8",
-    )
-    done = subprocess.run(
-        [
-            *(chromium(), "--headless", "--no-sandbox", "--disable-gpu"),
-            *("--disable-dev-shm-usage", "--window-size=390,800"),
-            *(f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"),
-            *("--virtual-time-budget=5000", "--dump-dom", probed.as_uri()),
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
-    return json.loads(unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1]))
+    return what_a_reader_sees(page, PROBE)
 
 
 def test_a_browser_shows_verdict_checks_and_pictures(seen: dict) -> None:

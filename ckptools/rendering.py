@@ -513,6 +513,10 @@ def render(
         studio.draw_all()
     except KeyboardInterrupt:
         interrupted = True
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()  # goes only where nothing was drawn
+        raise
     rendering = Rendering(
         title=title,
         folder=folder,

@@ -445,6 +445,7 @@ class BarProgress(Progress):
             TimeRemainingColumn(),
             console=_console(stderr=True),
             transient=True,
+            disable=not _console(stderr=True).is_terminal,  # else its end is an empty line
         )
         self._task: Any = None
 
@@ -489,6 +490,7 @@ class PictureProgress(Pictures):
             TimeRemainingColumn(),
             console=_console(stderr=True),
             transient=True,
+            disable=not _console(stderr=True).is_terminal,  # else its end is an empty line
         )
         self._all: Any = None
         self._one: Any = None

@@ -138,13 +138,14 @@ def _show_fits(found: Difference) -> None:
 # --- HTML --------------------------------------------------------------------------------------
 
 
-def write_html(found: Difference, path: Path) -> None:
+def write_html(found: Difference, path: Path, *, quiet: bool = False) -> None:
     """Write one page that loads nothing. Raises `OutputError` where it cannot be written."""
     try:
         path.write_text(html_page(found), encoding="utf-8")
     except OSError as exc:
         raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
-    show_message(f"wrote {path}")
+    if not quiet:
+        show_message(f"wrote {path}")
 
 
 def html_page(found: Difference) -> str:

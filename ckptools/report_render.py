@@ -26,7 +26,8 @@ def show_rendering(found: Rendering) -> None:
         show_line(f"note: {note}")
     counted = Counter(label for label, _ in found.pictures)
     cached = sum(drawn.cached for drawn in found.pictures.values())
-    drawn = f"{sum(counted.values())} pictures of {len(counted)} models"
+    pictures, models = sum(counted.values()), len(counted)
+    drawn = f"{pictures} picture{'s'[: pictures != 1]} of {models} model{'s'[: models != 1]}"
     kept = f", {cached} of them from the cache" if cached else ""
     show_line(f"{drawn}{kept}, in {found.seconds:.1f} s: {found.folder}")
     if found.pictures:

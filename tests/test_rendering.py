@@ -712,3 +712,10 @@ def test_files_that_cannot_be_written_or_are_too_large_say_so(
     monkeypatch.setattr("ckptools.render.files._MOST_PIXELS", 64)
     with pytest.raises(InputError, match="too many pixels"):
         read_picture(tmp_path / "x.png")
+
+
+def test_a_rendering_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+
+    assert run(["render", str(TINY / "A.safetensors"), "--size", "33x17", "-o", str(folder)]) == 2
+    assert not folder.exists()

@@ -50,7 +50,7 @@ def command(
     with nullcontext() if quiet or as_json else report.BarProgress() as progress:
         found = compare(a, b, structure=structure, explain_by=explain_by, progress=progress)
     if html is not None:
-        report_diff.write_html(found, html)
+        report_diff.write_html(found, html, quiet=quiet)
     if as_json:
         report.show_json("diff", report_diff.diff_json(found, top=top))
     elif not quiet:

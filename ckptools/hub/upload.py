@@ -193,6 +193,8 @@ def _limit_times() -> None:
 
 def full_name(hub: Hub, repo: str) -> str:
     """`owner/name`; a bare name is the user's own. Raises `UsageError` for no name at all."""
+    if not _REPO.fullmatch(repo if "/" in repo else f"me/{repo}"):
+        raise UsageError(f"{repo!r} is no name of a repository", fix="give --repo owner/name")
     name = repo if "/" in repo else f"{who(hub)}/{repo}"
     if not _REPO.fullmatch(name) or ".." in name or "--" in name:
         raise UsageError(f"{repo!r} is no name of a repository", fix="give --repo owner/name")
@@ -505,7 +507,10 @@ def network_error(exc: BaseException, what: str, fix: str = "") -> NetworkError:
     response = _response(exc)
     if response is None:
         kind = type(list(_chain(exc))[-1]).__name__
-        return NetworkError(f"cannot {what}: no answer from the Hub ({kind})", fix=fix or _AGAIN)
+        return NetworkError(
+            f"cannot {what}: no answer from the Hub ({kind})",
+            fix=fix or f"check the network; then {_AGAIN}",
+        )
     said, own_fix = _FIXES.get(response.status_code, ("the Hub has trouble", ""))
     message = response.headers.get("X-Error-Message", "")
     details = f"{response.status_code}: {message}" if message else str(response.status_code)

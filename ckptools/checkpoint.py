@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from ckptools.errors import InputError, InvalidFileError, UnsafeError
 from ckptools.hubref import shown
@@ -789,15 +789,19 @@ def json_beside(path: Path, name: str) -> dict[str, object] | None:
 
     Raises `InputError` for one that cannot be read or is no object.
     """
-    beside = path.parent / name
-    if not beside.is_file():
+    return read_json_object(path.parent / name)
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is no such file; raises as `json_beside`."""
+    if not path.is_file():
         return None
     try:
-        document = json.loads(beside.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be read: {exc}", where=str(beside)) from exc
+        raise InputError(f"cannot be read: {exc}", where=str(path)) from exc
     if not isinstance(document, dict):
-        raise InputError("is not a JSON object", where=str(beside))
+        raise InputError("is not a JSON object", where=str(path))
     return document
 
 

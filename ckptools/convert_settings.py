@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptools.checkpoint import read_json_object
 from ckptools.errors import CkptError, InputError
 from ckptools.family import Detection
 from ckptools.tensors import TensorSpec
@@ -139,7 +140,12 @@ def _config(
     component: str, folders: Sequence[Path], derived: Mapping[str, Json], wanted: Wanted
 ) -> Json:
     found = next(
-        (read for folder in folders if (read := _read(folder / component / "config.json"))), None
+        (
+            read
+            for folder in folders
+            if (read := read_json_object(folder / component / "config.json"))
+        ),
+        None,
     )
     config = dict(found or derived.get(component, {}))
     if component == "unet" and config:
@@ -218,7 +224,7 @@ def _model_index(folders: Sequence[Path], wanted: Wanted, made: Mapping[str, byt
     variant = wanted.detection.variant or "base"
     pipeline = _PIPELINES.get(wanted.family, {}).get(variant)
     for folder in folders:
-        index = _read(folder / "model_index.json")
+        index = read_json_object(folder / "model_index.json")
         if index:
             own = {
                 key: value if not isinstance(value, list) or key in there else [None, None]
@@ -246,18 +252,6 @@ def _model_index(folders: Sequence[Path], wanted: Wanted, made: Mapping[str, byt
         return index | {"force_zeros_for_empty_prompt": True}
     nothing = {key: [None, None] for key in ("feature_extractor", "safety_checker")}
     return index | nothing | {"requires_safety_checker": False}
-
-
-def _read(path: Path) -> Json | None:
-    if not path.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be read: {exc}", where=str(path)) from exc
-    if not isinstance(document, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return document
 
 
 def _text(document: Json) -> bytes:

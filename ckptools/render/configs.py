@@ -19,7 +19,6 @@ out instead of being believed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ckptools.checkpoint import read_json_object
 from ckptools.errors import InputError, UsageError
 from ckptools.family import Detection, load_families
 from ckptools.keymap import KeyMap, key_map
@@ -223,16 +223,8 @@ def _shipped_folder(facts: FamilyFacts, shapes: Mapping[str, Shapes]) -> Path | 
 
 def read_config(config: Path | None, component: str, name: str = "config.json") -> Config:
     """The keys of a component's file in a diffusers folder; {} without folder or file."""
-    path = config / component / name if config else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be read: {exc}", where=str(path)) from exc
-    if not isinstance(data, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return {key: value for key, value in data.items() if not key.startswith("_")}
+    data = read_json_object(config / component / name) if config else None
+    return {key: value for key, value in (data or {}).items() if not key.startswith("_")}
 
 
 def _prediction(

@@ -42,9 +42,11 @@ from ckptools.writer import (
     Layout,
     PartFile,
     PartFolder,
+    commit_parts,
     index_document,
     index_path,
     lay_out,
+    open_parts,
     shard_paths,
     split_shards,
     sync_folder,
@@ -542,22 +544,18 @@ class _Writer:
         parent = output.absolute().parent
         with made_folder(parent), ExitStack() as stack:
             layouts = self._layouts(parent)
-            parts = [stack.enter_context(PartFile(layout)) for layout in layouts]
+            parts = open_parts(stack, layouts)
             sha256s = self._stream(parts)
             if len(layouts) > 1:
                 index = whole_file(index_path(parent / output.name), index_document(layouts))
-                parts.append(stack.enter_context(PartFile(index)))
-            for part in parts:
-                part.sync()
-            for part in parts:
-                part.commit()
+                parts += open_parts(stack, [index])
+            commit_parts(parts)
         manifest_path(output).unlink(missing_ok=True)  # of the file that was replaced
         sync_folder(parent)
         return {part.layout.path.name: part.layout.file_bytes for part in parts}, sha256s
 
     def folder(self) -> tuple[dict[str, int], dict[str, str]]:
         conversion = self.conversion
-        files: dict[str, int] = {}
         with made_folder(conversion.request.output.absolute().parent), ExitStack() as stack:
             whole = stack.enter_context(PartFolder(conversion.request.output.absolute()))
             layouts = self._layouts(whole.part)
@@ -566,16 +564,15 @@ class _Writer:
                 small[index_path(_unsharded(shards[0].path))] = index_document(shards)
             for path in (*(layout.path for layout in layouts), *small):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            parts = [stack.enter_context(PartFile(layout)) for layout in layouts]
+            parts = open_parts(stack, layouts)
             sha256s = self._stream(parts)
-            parts += [stack.enter_context(PartFile(whole_file(p, d))) for p, d in small.items()]
-            for part in parts:
-                part.sync()
-                files[part.layout.path.relative_to(whole.part).as_posix()] = part.layout.file_bytes
-            for part in parts:
-                part.commit()
+            parts += open_parts(stack, [whole_file(path, data) for path, data in small.items()])
+            commit_parts(parts)
             whole.commit()
-        return files, sha256s
+        laid_out = [part.layout for part in parts]
+        return {
+            layout.path.relative_to(whole.part).as_posix(): layout.file_bytes for layout in laid_out
+        }, sha256s
 
     def _layouts(self, root: Path) -> list[Layout]:
         return [

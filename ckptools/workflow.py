@@ -32,9 +32,11 @@ from ckptools.sources import Opener, open_checkpoint
 from ckptools.writer import (
     Layout,
     PartFile,
+    commit_parts,
     index_document,
     index_path,
     lay_out,
+    open_parts,
     output_error,
     sync_folder,
     whole_file,
@@ -299,7 +301,7 @@ def _write(
     settings = Settings(plan.threads, recipe.seed, allow_nonfinite=recipe.allow_nonfinite)
     manifest = manifest_path(recipe.output_path)
     with ExitStack() as stack:
-        parts = [stack.enter_context(PartFile(layout)) for layout in layouts]
+        parts = open_parts(stack, layouts)
         progress.start("merging", plan.output_bytes)
         streamed = _stream(plan, parts, settings, progress)
         layouts = [with_hash(layout, streamed.sha256) for layout in layouts]
@@ -319,11 +321,8 @@ def _write(
         small = [whole_file(manifest, document)]
         if len(layouts) > 1:
             small = [whole_file(index_path(recipe.output_path), index_document(layouts)), *small]
-        parts += [stack.enter_context(PartFile(layout)) for layout in small]
-        for part in parts:
-            part.sync()
-        for part in parts:  # from here on only names change
-            part.commit()
+        parts += open_parts(stack, small)
+        commit_parts(parts)
     for path in stale:
         with suppress(OSError):  # what is left of them is no part of any index
             path.unlink()

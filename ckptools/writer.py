@@ -14,13 +14,14 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ckptools.errors import OutputError
+from ckptools.interrupts import held_back
 from ckptools.tensors import TensorSpec, file_order
 
 PART_SUFFIX = ".part"
@@ -152,8 +153,9 @@ class PartFile:
 
     def __enter__(self) -> Self:
         try:
-            self._number = _open_locked(self.layout.part)
-            self._ours = True
+            with held_back():
+                self._number = _open_locked(self.layout.part)
+                self._ours = True
             if os.fstat(self._number).st_size:
                 os.truncate(self._number, 0)
             os.truncate(self._number, self.layout.file_bytes)
@@ -228,12 +230,13 @@ class PartFile:
     def _discard(self) -> None:
         if not self._ours:  # another process writes it, or it has its final name
             return
-        if os.name == "nt":  # which cannot remove an open file
+        with held_back():  # from a second Ctrl-C, too
+            if os.name == "nt":  # which cannot remove an open file
+                self._close()
+            with suppress(OSError):
+                self.layout.part.unlink()
+            self._ours = False
             self._close()
-        with suppress(OSError):
-            self.layout.part.unlink()
-        self._ours = False
-        self._close()
 
 
 class PartFolder:
@@ -253,15 +256,16 @@ class PartFolder:
 
     def __enter__(self) -> Self:
         try:
-            self.part.mkdir(parents=True, exist_ok=True)
-            there = {item.name for item in self.part.iterdir()}
-            if there and self._LOCK not in there:
-                raise OutputError(
-                    f"{str(self.part)!r} is in the way",
-                    where=str(self.path),
-                    fix="remove it, or write elsewhere",
-                )
-            self._number = _open_locked(self.part / self._LOCK)
+            with held_back():
+                self.part.mkdir(parents=True, exist_ok=True)
+                there = {item.name for item in self.part.iterdir()}
+                if there and self._LOCK not in there:
+                    raise OutputError(
+                        f"{str(self.part)!r} is in the way",
+                        where=str(self.path),
+                        fix="remove it, or write elsewhere",
+                    )
+                self._number = _open_locked(self.part / self._LOCK)
             for item in self.part.iterdir():
                 if item.name != self._LOCK:
                     _remove(item)
@@ -282,16 +286,17 @@ class PartFolder:
         """Give the folder its final name; a folder of that name is put aside, then removed."""
         old = self.path.with_name(self.path.name + ".old")
         try:
-            self._close()
-            (self.part / self._LOCK).unlink()
-            if self.path.exists():
-                self.path.replace(old)
-            try:
-                self.part.replace(self.path)
-            except OSError:
-                if old.exists():
-                    old.replace(self.path)
-                raise
+            with held_back():
+                self._close()
+                (self.part / self._LOCK).unlink()
+                if self.path.exists():
+                    self.path.replace(old)
+                try:
+                    self.part.replace(self.path)
+                except OSError:
+                    if old.exists():
+                        old.replace(self.path)
+                    raise
         except OSError as exc:
             _remove(self.part)
             raise output_error(exc, self.path) from exc
@@ -305,8 +310,24 @@ class PartFolder:
 
     def _discard(self) -> None:
         if self._number >= 0:
-            self._close()
-            _remove(self.part)
+            with held_back():
+                self._close()
+                _remove(self.part)
+
+
+def open_parts(stack: ExitStack, layouts: Iterable[Layout]) -> list[PartFile]:
+    """Parts that the stack removes if they are not committed, whenever an interruption comes."""
+    with held_back():
+        return [stack.enter_context(PartFile(layout)) for layout in layouts]
+
+
+def commit_parts(parts: Sequence[PartFile]) -> None:
+    """Wait for the disk, then give all parts their names, with no interruption in between."""
+    for part in parts:
+        part.sync()
+    with held_back():
+        for part in parts:
+            part.commit()
 
 
 def _remove(path: Path) -> None:

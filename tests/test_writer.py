@@ -7,10 +7,13 @@ import json
 import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,9 +33,12 @@ from ckptools.verify import check_structure
 from ckptools.writer import (
     Layout,
     PartFile,
+    PartFolder,
+    commit_parts,
     index_document,
     index_path,
     lay_out,
+    open_parts,
     output_error,
     shard_paths,
     split_shards,
@@ -205,6 +211,64 @@ def layout(tmp_path: Path) -> Layout:
 def assert_old_and_alone(layout: Layout) -> None:
     assert layout.path.read_bytes() == OLD
     assert list(layout.path.parent.iterdir()) == [layout.path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["file", "parts", "folder"])
+def test_an_interruption_right_after_opening_leaves_nothing(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, kind: str
+) -> None:
+    """The part exists before anything can remember that it does."""
+    open_for_real = os.open
+    opened = []
+
+    def open_then_interrupt(path: Path, *rest: int, **named: int) -> int:
+        opened.append(open_for_real(path, *rest, **named))
+        if len(opened) == 1:
+            signal.raise_signal(number)
+        return opened[-1]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with ExitStack() as stack:
+            if kind == "parts":
+                open_parts(stack, [layout, replace(layout, path=layout.path.with_name("2"))])
+            else:
+                stack.enter_context(PartFile(layout) if kind == "file" else PartFolder(layout.path))
+
+    monkeypatch.setattr(os, "open", open_then_interrupt)
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    finally:
+        signal.signal(number, before)
+
+    assert opened
+    assert_old_and_alone(layout)
+
+
+def test_an_interruption_between_two_names_comes_after_the_last(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file and its manifest either both are new or none is."""
+    replace_for_real = Path.replace
+
+    def replace_then_interrupt(self: Path, target: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return replace_for_real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_then_interrupt)
+    manifest = whole_file(layout.path.with_name("manifest"), b"{}")
+    with ExitStack() as stack:
+        parts = open_parts(stack, [layout, manifest])
+        with pytest.raises(KeyboardInterrupt):
+            commit_parts(parts)
+
+    assert sorted(layout.path.parent.iterdir()) == sorted([layout.path, manifest.path])
+    assert layout.path.stat().st_size == layout.file_bytes
 
 
 def test_a_file_takes_its_name_in_one_step(layout: Layout) -> None:

@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
@@ -32,13 +32,21 @@ _ANSWER = struct.Struct("=iiI?")  # item, slot, bytes that follow, whether they 
 _READ_BYTES = 1 << 16
 
 
-def in_order(work: Work[Result], count: int, *, workers: int, slots: int) -> Iterator[Result]:
+def in_order(
+    work: Work[Result],
+    count: int,
+    *,
+    workers: int,
+    slots: int,
+    last_look: Callable[[list[int]], None] = lambda numbers: None,
+) -> Generator[Result, None, None]:
     """`work(item, slot)` for items 0 to `count` - 1, each in some process; results in order.
 
     work   runs in a fork: what it changes is lost, but for shared memory and files. Its result, or
            its error, must be picklable and, for speed, small
     slots  at most so many items are in work or waiting for their turn; each has a slot of its own,
            which is given to another item once the next result is asked for
+    last_look  is called with the processes' numbers when all is done and they still are there
 
     Raises the first error in the order of items. A process that ends unasked is a `CkptError`.
     All processes have ended when the iteration ends; where that may be early, close it
@@ -56,6 +64,7 @@ def in_order(work: Work[Result], count: int, *, workers: int, slots: int) -> Ite
                 raise pickle.loads(answer.data)
             yield pickle.loads(answer.data)
             crew.assign(answer.slot)
+        last_look(crew.numbers)
         crew.dismiss()
     finally:
         crew.end()
@@ -100,6 +109,11 @@ class _Crew:
             worker = _Worker(number, listen)
             self._workers.append(worker)
             self._selector.register(listen, selectors.EVENT_READ, worker)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The processes, as the system numbers them."""
+        return [worker.number for worker in self._workers]
 
     def assign(self, slot: int) -> None:
         """Give the slot to the next item, if there is one, for whoever is free first."""

@@ -469,7 +469,7 @@ def _rank(found: Difference, name: str) -> int | None:
     """
     import numpy as np
 
-    from ckptools.measure import decode
+    from ckptools.codec import decode
 
     matrices = []
     for side in (found.a, found.b):

@@ -9,54 +9,46 @@ Must not know recipes, families or where sources came from.
 from __future__ import annotations
 
 import hashlib
-import math
+import mmap
 import threading
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
+from ckptools.codec import count_nonfinite
+from ckptools.crew import CAN_FORK, in_order
 from ckptools.errors import NonFiniteError
-from ckptools.lora.bake import bake_module, by_module, delta_elements
-from ckptools.methods import load_methods
+from ckptools.plain import PlainEvaluator
 from ckptools.program import (
-    Apply,
-    Bake,
-    Change,
+    PLAIN_BYTES,
     Compute,
     Copy,
-    Mix,
-    Node,
     PositionIds,
-    Precision,
     Program,
     Read,
     Widen,
-    applied_in,
+    is_plain,
     reads_of,
 )
 from ckptools.tensors import DTYPES, TensorSpec
-from ckptools.writer import PAGE_BYTES
+from ckptools.writer import PAGE_BYTES, PartFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
-    from torch import Tensor
 
-# Blocks of 2^17 elements keep every operand near the second-level cache; spans of 2 MB keep what
-# one read brings in within the third. Measured side by side, one run's seconds: spans of 0.25 MB
-# 5.2, 0.5 MB 4.0, 1 MB 3.1, 2 MB 2.7, 4 MB 4.3, 8 MB 5.3.
-BLOCK = 1 << 17
+    from ckptools.evaluation import Evaluation, Memory
+
+    Finished = Generator[NDArray[np.uint8], None, None]
+
+# Spans of 2 MB keep what one read brings in within the third-level cache.
 SPAN_BYTES = 1 << 21
 BUFFERS_PER_WORKER = 4
-
-Parts = tuple[tuple[str, Read], ...]
+ALONE_BYTES = 1 << 25  # less than this is done sooner than processes are started
 
 
 class Source(Protocol):
@@ -106,11 +98,13 @@ class Outcome:
     sha256        of the data section, in file order
     nonfinite     tensor -> count of NaN and Inf values that were accepted
     repaired      tensors whose position ids were wrong and are right now
+    worker_bytes  memory of processes that worked for this one, what they share with it left out
     """
 
     sha256: str = ""
     nonfinite: dict[str, int] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
+    worker_bytes: int = 0
 
 
 # --- units: what a worker does at a time -------------------------------------------------------
@@ -205,35 +199,22 @@ class Buffer:
         return np.empty(SPAN_BYTES + PAGE_BYTES, np.uint8)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name that has one."""
-    found = getattr(torch, DTYPES[name].torch_name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name} has no torch dtype")
-    return found
-
-
-def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:
-    """Bytes seen as a flat tensor of `dtype`, without copying."""
-    if not data.size:
-        return torch.empty(0, dtype=torch_dtype(dtype))
-    width = DTYPES[dtype].bits // 8
-    if data.ctypes.data % width:  # only where a tensor lies unaligned in a shared run of bytes
-        raise ValueError("unaligned bytes")
-    return torch.frombuffer(data.data, dtype=torch_dtype(dtype))
-
-
 class Scratch:
-    """One worker's memory: a buffer per read, and a stack of blocks to compute in.
-
-    parts  of the adapter modules that go into the tensor that was worked on last
-    """
+    """One worker's memory: a buffer per read, and what its arithmetic keeps."""
 
     def __init__(self) -> None:
         self.inputs: list[Buffer] = []
-        self.parts: dict[Parts, dict[str, Tensor]] = {}
-        self._task: Task | None = None
-        self._blocks: dict[torch.dtype, list[Tensor]] = {}
+        self.plain = PlainEvaluator()
+        self._memory: Memory | None = None
+
+    @property
+    def memory(self) -> Memory:
+        """What torch's arithmetic keeps; made when it is first asked for."""
+        if self._memory is None:
+            from ckptools.evaluation import Memory
+
+            self._memory = Memory()
+        return self._memory
 
     def input(self, number: int) -> Buffer:
         """The buffer of the `number`-th read."""
@@ -241,226 +222,82 @@ class Scratch:
             self.inputs.append(Buffer())
         return self.inputs[number]
 
-    def block(self, depth: int, dtype: torch.dtype, length: int) -> Tensor:
-        """The `depth`-th block of the stack; contents undefined."""
-        blocks = self._blocks.setdefault(dtype, [])
-        while len(blocks) <= depth:
-            blocks.append(torch.empty(BLOCK, dtype=dtype))
-        return blocks[depth] if length == BLOCK else blocks[depth][:length]
-
-    def turn_to(self, task: Task) -> None:
-        """Give back the adapter's parts if they were another tensor's."""
-        if self._task is not task:
-            self._task, self.parts = task, {}
-
     def shrink(self) -> None:
         """Give back what whole tensors took."""
         for buffer in self.inputs:
             buffer.shrink()
 
 
-# --- arithmetic --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ElementRandom:
-    """Random numbers addressed by (seed, tensor name, stream, element): see `Random`.
-
-    Philox 4x64 gives 4 numbers per counter step, so a block may start at any multiple of 4.
-    Source: Salmon et al. 2011, 'Parallel random numbers: as easy as 1, 2, 3'; numpy's `Philox`.
-    """
-
-    seed: int
-    tensor: str
-    begin: int
-    shape: tuple[int, ...]
-
-    def uniform(self, stream: int) -> Tensor:
-        """Numbers in [0, 1), float64, of `shape`, from element `begin` of the tensor on."""
-        name = hashlib.sha256(self.tensor.encode()).digest()
-        key = [
-            self.seed % 2**64,
-            int.from_bytes(name[:8], "little") ^ zlib.crc32(str(stream).encode()),
-        ]
-        skip, length = self.begin % 4, math.prod(self.shape)
-        generator = np.random.Generator(
-            np.random.Philox(key=np.array(key, np.uint64), counter=self.begin // 4)
-        )
-        return torch.from_numpy(generator.random(skip + length)[skip:]).view(self.shape)
-
-
-class Evaluator:
-    """Evaluates a mix over flat inputs of equal length, into scratch blocks."""
-
-    def __init__(
-        self,
-        scratch: Scratch,
-        dtype: torch.dtype,
-        random: Callable[[int, tuple[int, ...]], ElementRandom],
-    ) -> None:
-        self._scratch, self._dtype, self._random = scratch, dtype, random
-
-    def block(self, mix: Mix, inputs: Sequence[Tensor], begin: int) -> Tensor:
-        """The mix of one block; `begin` is the block's first element within its tensor."""
-        return self._mix(mix, inputs, begin, 0)
-
-    def _mix(self, mix: Mix, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
-        (first, node), *rest = mix.terms
-        total = self._node(node, inputs, begin, depth)
-        if first != 1.0:
-            total.mul_(first)
-        for factor, node in rest:
-            term = self._node(node, inputs, begin, depth + 1)
-            if factor == 1.0:
-                total.add_(term)
-            elif factor == -1.0:
-                total.sub_(term)
-            else:  # never add_(term, alpha=factor): it is fused on some processors
-                total.add_(term.mul_(factor))
-        return total
-
-    def _node(self, node: Node, inputs: Sequence[Tensor], begin: int, depth: int) -> Tensor:
-        """The value of a node, in the block at `depth`."""
-        if isinstance(node, int):
-            target = self._scratch.block(depth, self._dtype, len(inputs[0]))
-            return target.copy_(inputs[node])
-        if isinstance(node, Mix):
-            return self._mix(node, inputs, begin, depth)
-        if isinstance(node, Bake):
-            raise TypeError("adapters that depend on the weight need the whole of it")
-        models = [
-            self._mix(model, inputs, begin, depth + 1 + number)
-            for number, model in enumerate(node.models)
-        ]
-        result = call_method(node, models, self._random(begin, (len(inputs[0]),)))
-        target = self._scratch.block(depth, self._dtype, len(inputs[0]))
-        return target.copy_(result)
-
-
-@dataclass(frozen=True)
-class WholeEvaluator:
-    """Evaluates a mix over whole tensors of one shape; allocates what it needs.
-
-    bake  makes an adapter's changes to a tensor that it may change in place
-    """
-
-    dtype: torch.dtype
-    random: ElementRandom
-    bake: Callable[[Bake, Tensor], Tensor]
-
-    def mix(self, mix: Mix, inputs: Sequence[Tensor]) -> Tensor:
-        """The mix of the inputs, shape kept."""
-        total: Tensor | None = None
-        for factor, node in mix.terms:
-            term = self._node(node, inputs)
-            if factor != 1.0:
-                term.mul_(factor)
-            total = term if total is None else total.add_(term)
-        if total is None:
-            raise ValueError("a mix without terms")
-        return total
-
-    def _node(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
-        """The value of a node in memory that the caller may change."""
-        match node:
-            case int():
-                return inputs[node].to(self.dtype, copy=True)
-            case Mix():
-                return self.mix(node, inputs)
-            case Bake(model=model):
-                return self.bake(node, self.mix(model, inputs))
-            case Apply(models=nodes):
-                models = [self.mix(model, inputs) for model in nodes]
-                result = call_method(node, models, self.random)
-                shared = any(result is model for model in models)
-                return result.to(self.dtype, copy=True) if shared else result.to(self.dtype)
-
-
-def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) -> Tensor:
-    """Call a registered method with its models in calling order."""
-    method = load_methods()[node.method]
-    count = len(models) - len(method.keyword_models)
-    keywords: dict[str, Any] = dict(zip(method.keyword_models, models[count:], strict=True))
-    if method.random:
-        keywords["rng"] = random
-    result: Tensor = method.function(*models[:count], **keywords, **dict(node.scalars))
-    return result
-
-
-def store(values: Tensor, target: Tensor) -> None:
-    """Round values to the target's dtype; what is too large becomes NaN or Inf.
-
-    Since 2.12 torch turns even Inf into 448 for float8_e4m3fn. Beyond 464 the nearest number of
-    that format is no longer 448. Source: https://github.com/pytorch/pytorch/pull/178817.
-    """
-    if target.dtype == torch.float8_e4m3fn and values.dtype != target.dtype:
-        wide = values.float() if values.element_size() == 1 else values
-        values = torch.where(wide.abs() > 464.0, math.nan, wide)
-    target.copy_(values)
-
-
-# --- finite checks -----------------------------------------------------------------------------
-
-# name of the integer type, mask of exponent (or of all but the sign), first non-finite value
-_FINITE_BITS: Mapping[str, tuple[torch.dtype, int, int]] = {
-    "F64": (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "F32": (torch.int32, 0x7FFF_FFFF, 0x7F80_0000),
-    "F16": (torch.int16, 0x7FFF, 0x7C00),
-    "BF16": (torch.int16, 0x7FFF, 0x7F80),
-    "F8_E5M2": (torch.uint8, 0x7F, 0x7C),
-    "F8_E4M3": (torch.uint8, 0x7F, 0x7F),
-    "F8_E4M3FNUZ": (torch.uint8, 0xFF, 0x80),
-    "F8_E5M2FNUZ": (torch.uint8, 0xFF, 0x80),
-}
-
-
-def count_nonfinite(data: NDArray[np.uint8], dtype: str) -> int:
-    """How many values of a float tensor are NaN or Inf; exact, by their bits, in blocks."""
-    integer, mask, limit = _FINITE_BITS[dtype]
-    if not data.size:
-        return 0
-    exact = dtype.endswith("FNUZ")  # one NaN pattern, the negative zero
-    values = torch.frombuffer(data.data, dtype=integer)
-    scratch = torch.empty(min(BLOCK, len(values)), dtype=integer)
-    count = 0
-    for begin in range(0, len(values), BLOCK):
-        block = values[begin : begin + BLOCK]
-        bits = torch.bitwise_and(block, mask, out=scratch[: len(block)])
-        if exact:
-            count += int((bits == limit).sum())
-        elif int(bits.amax()) >= limit:
-            count += int((bits >= limit).sum())
-    return count
-
-
 # --- the run -----------------------------------------------------------------------------------
 
 
 class Engine:
-    """Makes the bytes of tasks; one per run, shared by its workers."""
+    """Makes the bytes of tasks; one per run, shared by its workers.
+
+    plain  run what can be run without torch so; the bytes are the same
+    """
 
     def __init__(
-        self, sources: Sequence[Source], labels: Sequence[str], settings: Settings
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[str],
+        settings: Settings,
+        *,
+        plain: bool = False,
     ) -> None:
         self._sources, self._labels, self._settings = sources, labels, settings
+        self._plain = plain
+        self._evaluation: Evaluation | None = None
         self._whole = threading.Lock()
         self._found = threading.Lock()
         self.nonfinite: dict[str, int] = {}
         self.repaired: list[str] = []
+        self.worker_bytes = 0
 
     def fill(self, piece: Piece, out: NDArray[np.uint8], scratch: Scratch) -> None:
         """Make the bytes of one piece in `out`; raises `NonFiniteError` for NaN and Inf."""
-        program = piece.task.program
-        if is_whole(program):
-            with self._whole:  # one at a time: memory holds one whole tensor, not one per thread
-                self._fill_whole(piece.task, out)
-        elif isinstance(program, Copy):
-            self._read(program.read, piece.begin, out.data)
-        elif isinstance(program, PositionIds):
-            self._fill_ids(piece, program, out)
-        elif isinstance(program, Compute):
-            self._fill_blocks(piece, program, out, scratch)
+        spec, program = piece.task.spec, piece.task.program
+        match program:
+            case Copy(read=read):
+                self._read(read, piece.begin, out.data)
+            case PositionIds():
+                self._fill_ids(piece, program, out)
+            case Compute(whole=False) if self._is_plain(piece.task):
+                inputs = self._inputs(piece, program, scratch)
+                if scratch.plain.fill(program, inputs, spec.dtype, out):
+                    return
+                raise self._nonfinite_error(piece.task, count_nonfinite(out, spec.dtype))
+            case Compute(whole=False):
+                inputs = self._inputs(piece, program, scratch)
+                with self._blaming(piece.task):
+                    self._torch.fill(
+                        spec, program, inputs, begin=piece.begin, out=out, memory=scratch.memory
+                    )
+            case Compute() | Widen():
+                # one at a time: memory holds one whole tensor, not one per thread
+                with self._whole, self._blaming(piece.task):
+                    self._torch.fill_whole(spec, program, out)
         self._check(piece, out)
+
+    def make(self, unit: Unit, out: NDArray[np.uint8], scratch: Scratch) -> None:
+        """Make all bytes of a unit in `out`."""
+        position = 0
+        for piece in unit.pieces:
+            spec = piece.task.spec
+            nbytes = _byte_offset(spec, piece.end) - _byte_offset(spec, piece.begin)
+            self.fill(piece, out[position : position + nbytes], scratch)
+            position += nbytes
+
+    @property
+    def _torch(self) -> Evaluation:
+        """What runs programs that are not plain; loads torch when it is first asked for."""
+        if self._evaluation is None:
+            from ckptools.evaluation import Evaluation
+
+            self._evaluation = Evaluation(
+                self._read, self._settings.seed, check_inputs=not self._settings.allow_nonfinite
+            )
+        return self._evaluation
 
     def _read(self, read: Read, begin: int, view: memoryview) -> None:
         offset = _byte_offset(read.spec, begin)
@@ -475,112 +312,27 @@ class Engine:
             with self._found:
                 self.repaired.append(piece.task.spec.name)
 
-    def _random(self, task: Task) -> Callable[[int, tuple[int, ...]], ElementRandom]:
-        name, seed = task.spec.name, self._settings.seed
-        return lambda begin, shape: ElementRandom(seed, name, begin, shape)
-
-    def _fill_blocks(
-        self, piece: Piece, program: Compute, out: NDArray[np.uint8], scratch: Scratch
-    ) -> None:
-        length = piece.end - piece.begin
-        if not length:
-            return
-        inputs: list[Tensor] = []
+    def _inputs(self, piece: Piece, program: Compute, scratch: Scratch) -> list[NDArray[np.uint8]]:
+        """The bytes of the piece's elements in every read."""
+        inputs = []
         for number, read in enumerate(program.reads):
-            data = scratch.input(number).view(_byte_offset(read.spec, length))
-            self._read(read, piece.begin, data.data)
-            inputs.append(as_tensor(data, read.spec.dtype))
-        shape = piece.task.spec.shape
-        scratch.turn_to(piece.task)
-        for changes in program.deltas:
-            parts = [self._parts(change, program.precision, scratch) for change in changes]
-            inputs.append(delta_elements(changes, parts, shape, piece.begin, piece.end))
-        if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(piece.task, inputs)
-        result = as_tensor(out, piece.task.spec.dtype)
-        if program.mix.terms == ((1.0, 0),):
-            store(inputs[0], result)
-            return
-        evaluator = Evaluator(scratch, torch_dtype(program.precision), self._random(piece.task))
-        for low in range(0, length, BLOCK):
-            high = min(low + BLOCK, length)
-            block = [tensor[low:high] for tensor in inputs]
-            store(evaluator.block(program.mix, block, piece.begin + low), result[low:high])
+            nbytes = _byte_offset(read.spec, piece.end - piece.begin)
+            inputs.append(scratch.input(number).view(nbytes))
+            self._read(read, piece.begin, inputs[-1].data)
+        return inputs
 
-    def _fill_whole(self, task: Task, out: NDArray[np.uint8]) -> None:
-        program = task.program
-        result = as_tensor(out, task.spec.dtype).view(task.spec.shape)
-        if isinstance(program, Compute):
-            store(self._whole_result(task, program, None).view(task.spec.shape), result)
-        elif isinstance(program, Widen):
-            channels, common = program.channels, program.common
-            wide = self._load(program.extra).to(torch_dtype(common.precision))
-            wide[:, :channels] = self._whole_result(task, common, channels)
-            for weight, changes in program.deltas:
-                parts = [self._parts(change, common.precision) for change in changes]
-                shape = task.spec.shape
-                delta = delta_elements(changes, parts, shape, 0, wide.numel()).view(shape)
-                wide += delta * weight
-            store(wide, result)
+    def _is_plain(self, task: Task) -> bool:
+        return self._plain and _is_plain(task, self._settings)
 
-    def _whole_result(self, task: Task, program: Compute, channels: int | None) -> Tensor:
-        inputs = [self._load(read) for read in program.reads]
-        if channels is not None:
-            inputs = [tensor[:, :channels].contiguous() for tensor in inputs]
-        else:
-            inputs = [tensor.reshape(task.spec.shape) for tensor in inputs]
-        shape = tuple(inputs[0].shape)
-        for changes in program.deltas:
-            parts = [self._parts(change, program.precision) for change in changes]
-            delta = delta_elements(changes, parts, shape, 0, inputs[0].numel())
-            inputs.append(delta.view(shape))
-        if any(True for _ in applied_in(program.mix)):
-            self._check_inputs(task, inputs)
+    @contextmanager
+    def _blaming(self, task: Task) -> Iterator[None]:
+        """Say who is to blame for a NaN that a method would have swallowed."""
+        from ckptools.evaluation import NonFiniteInputError
 
-        def bake(node: Bake, weight: Tensor) -> Tensor:
-            for changes in by_module(node.changes):
-                parts = self._parts(changes[0], program.precision)
-                bake_module(changes, parts, weight, node.strength)
-            if any(True for _ in applied_in(program.mix)):
-                self._check_inputs(task, [weight])
-            return weight
-
-        random = self._random(task)(0, shape)
-        evaluator = WholeEvaluator(torch_dtype(program.precision), random, bake)
-        return evaluator.mix(program.mix, inputs)
-
-    def _parts(
-        self, change: Change, precision: Precision, scratch: Scratch | None = None
-    ) -> dict[str, Tensor]:
-        """A module's tensors, floats in the precision of the arithmetic.
-
-        Kept in the scratch while one tensor is worked on: its pieces share them.
-        """
-        if scratch is not None and change.parts in scratch.parts:
-            return scratch.parts[change.parts]
-        parts = {}
-        for part, read in change.parts:
-            values = self._load(read)
-            if read.spec.is_float:  # copied even so: matrix products depend on the alignment
-                values = values.to(torch_dtype(precision), copy=True)
-            parts[part] = values
-        if scratch is not None:
-            scratch.parts[change.parts] = parts
-        return parts
-
-    def _load(self, read: Read) -> Tensor:
-        data = np.empty(read.spec.nbytes, np.uint8)
-        self._read(read, 0, data.data)
-        return as_tensor(data, read.spec.dtype).view(read.spec.shape)
-
-    def _check_inputs(self, task: Task, inputs: Sequence[Tensor]) -> None:
-        """Methods with comparisons can swallow a NaN, so theirs are looked for beforehand."""
-        if self._settings.allow_nonfinite:
-            return
-        for tensor in inputs:
-            wide = tensor.float() if tensor.element_size() == 1 else tensor
-            if not bool(torch.isfinite(wide).all()):
-                raise self._nonfinite_error(task, 0)
+        try:
+            yield
+        except NonFiniteInputError as exc:
+            raise self._nonfinite_error(task, 0) from exc
 
     def _check(self, piece: Piece, out: NDArray[np.uint8]) -> None:
         spec = piece.task.spec
@@ -591,8 +343,21 @@ class Engine:
             return
         if not self._settings.allow_nonfinite:
             raise self._nonfinite_error(piece.task, count)
+        self.note({spec.name: count}, ())
+
+    def told(self) -> tuple[dict[str, int], list[str]]:
+        """What was found since this was last asked, for another process to `note`."""
         with self._found:
-            self.nonfinite[spec.name] = self.nonfinite.get(spec.name, 0) + count
+            found = self.nonfinite, self.repaired
+            self.nonfinite, self.repaired = {}, []
+        return found
+
+    def note(self, nonfinite: Mapping[str, int], repaired: Sequence[str]) -> None:
+        """Add what was found elsewhere."""
+        with self._found:
+            for name, count in nonfinite.items():
+                self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+            self.repaired += repaired
 
     def _nonfinite_error(self, task: Task, count: int) -> NonFiniteError:
         """Who is to blame: an input that holds NaN or Inf, or a result too large for its dtype."""
@@ -625,6 +390,22 @@ class Engine:
             self._sources[read.source].read_into(read.name, data.data, offset)
             count += count_nonfinite(data, read.spec.dtype)
         return count
+
+
+class _SharedRing:
+    """Output buffers that forks of this process fill and this process reads."""
+
+    _SLOT_BYTES = SPAN_BYTES + 2 * PAGE_BYTES
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._bytes = np.frombuffer(mmap.mmap(-1, slots * self._SLOT_BYTES), np.uint8)
+
+    def view(self, slot: int, unit: Unit) -> NDArray[np.uint8]:
+        """A slot's bytes for a unit, as far into a page as they are in the file."""
+        whole = self._bytes[slot * self._SLOT_BYTES : (slot + 1) * self._SLOT_BYTES]
+        start = (unit.start - whole.ctypes.data) % PAGE_BYTES
+        return whole[start : start + unit.nbytes]
 
 
 class _Ring:
@@ -715,29 +496,97 @@ def run(
     hashers   further hashlib objects to feed with the data, in order
     Raises the first error in file order; the sink then holds an unfinished file.
     """
-    engine = Engine(sources, labels, settings)
-    ring = _Ring(cut_units(tasks), settings.threads * BUFFERS_PER_WORKER)
+    total = sum(task.spec.nbytes for task in tasks)
+    plain = all(_is_plain(task, settings) for task in tasks)
+    alone = plain and total <= ALONE_BYTES
+    forked = plain and total < PLAIN_BYTES and CAN_FORK and isinstance(sink, PartFile)
+    engine = Engine(sources, labels, settings, plain=alone or forked)
+    units = cut_units(tasks)
+    if alone:
+        stream = _alone(engine, units, sink)
+    elif forked:
+        stream = _by_processes(engine, list(units), sink, settings.threads)
+    else:
+        stream = _by_threads(engine, units, sink, settings.threads)
+    digest = hashlib.sha256()
+    with closing(stream), nullcontext() if plain else _single_threaded():
+        for data in stream:
+            for hasher in (digest, *hashers):
+                hasher.update(data.data)
+            progress(data.size)
+    return Outcome(
+        digest.hexdigest(), engine.nonfinite, sorted(engine.repaired), engine.worker_bytes
+    )
+
+
+def _alone(engine: Engine, units: Iterable[Unit], sink: Sink) -> Finished:
+    """Every unit's bytes once they are written, made here and now."""
+    scratch, buffer = Scratch(), Buffer()
+    for unit in units:
+        data = buffer.view(unit.nbytes, unit.start)
+        engine.make(unit, data, scratch)
+        sink.write(data.data, unit.start)
+        yield data
+
+
+def _by_processes(engine: Engine, units: Sequence[Unit], sink: Sink, workers: int) -> Finished:
+    """As `_alone`, made in processes that share a ring of buffers with this one."""
+    ring = _SharedRing(workers * BUFFERS_PER_WORKER)
+    scratch = Scratch()
+
+    def make(item: int, slot: int) -> tuple[int, dict[str, int], list[str]]:
+        unit = units[item]
+        data = ring.view(slot, unit)
+        engine.make(unit, data, scratch)
+        sink.write(data.data, unit.start)
+        return slot, *engine.told()
+
+    def weigh(numbers: list[int]) -> None:
+        engine.worker_bytes = sum(map(_private_bytes, numbers))
+
+    results = in_order(make, len(units), workers=workers, slots=ring.slots, last_look=weigh)
+    with closing(results):
+        for unit, (slot, nonfinite, repaired) in zip(units, results, strict=True):
+            engine.note(nonfinite, repaired)
+            yield ring.view(slot, unit)
+
+
+def _private_bytes(process: int) -> int:
+    """Memory of a process that it shares with no other; 0 where the system does not tell."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    lines = [line.split() for line in text.splitlines() if line.startswith("Private_")]
+    return sum(int(words[1]) * 1024 for words in lines)
+
+
+def _by_threads(engine: Engine, units: Iterator[Unit], sink: Sink, threads: int) -> Finished:
+    """As `_alone`, made in threads: torch lets go of Python where it computes."""
+    ring = _Ring(units, threads * BUFFERS_PER_WORKER)
     workers = [
         threading.Thread(target=_work, args=(engine, ring, sink), daemon=True)
-        for _ in range(settings.threads)
+        for _ in range(threads)
     ]
-    digest = hashlib.sha256()
-    with single_threaded():
-        try:
-            for worker in workers:
-                worker.start()
-            _hash_all(ring, (digest, *hashers), progress)
-        except BaseException as exc:
-            ring.fail(-1, exc)
-            raise
-        finally:
-            ring.wait_idle()
-            for worker in workers:
-                if worker.is_alive():  # an interrupt may have come before it was
-                    worker.join()
+    number = 0
+    try:
+        for worker in workers:
+            worker.start()
+        while (done := ring.next_done(number)) is not None:
+            buffer, data = done
+            yield data
+            ring.release(buffer)
+            number += 1
+    except BaseException as exc:
+        ring.fail(-1, exc)
+        raise
+    finally:
+        ring.wait_idle()
+        for worker in workers:
+            if worker.is_alive():  # an interrupt may have come before it was
+                worker.join()
     if ring.errors:
         raise min(ring.errors, key=lambda item: item[0])[1]
-    return Outcome(digest.hexdigest(), engine.nonfinite, sorted(engine.repaired))
 
 
 def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
@@ -747,12 +596,7 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
         while (taken := ring.take()) is not None:
             number, unit, buffer = taken
             data = buffer.view(unit.nbytes, unit.start)
-            position = 0
-            for piece in unit.pieces:
-                spec = piece.task.spec
-                nbytes = _byte_offset(spec, piece.end) - _byte_offset(spec, piece.begin)
-                engine.fill(piece, data[position : position + nbytes], scratch)
-                position += nbytes
+            engine.make(unit, data, scratch)
             sink.write(data.data, unit.start)
             scratch.shrink()
             ring.finish(number, buffer, data)
@@ -760,36 +604,28 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
         ring.fail(number, exc)
 
 
-def _hash_all(ring: _Ring, hashers: Sequence[Any], progress: Callable[[int], None]) -> None:
-    number = 0
-    while (done := ring.next_done(number)) is not None:
-        buffer, data = done
-        for hasher in hashers:
-            hasher.update(data.data)
-        ring.release(buffer)
-        progress(data.size)
-        number += 1
+def _is_plain(task: Task, settings: Settings) -> bool:
+    """Whether a task can be done without torch, which counts NaN and Inf where they may be."""
+    if isinstance(task.program, Copy | PositionIds):
+        return True
+    return not settings.allow_nonfinite and is_plain(task.program, task.spec.dtype)
 
 
 def recompute(
     task: Task, *, sources: Sequence[Source], labels: Sequence[str], settings: Settings
 ) -> Iterator[tuple[int, memoryview]]:
     """One task's bytes made again: (offset in the file, bytes), valid until the next step."""
-    engine = Engine(sources, labels, settings)
+    engine = Engine(sources, labels, settings, plain=True)
     scratch, buffer = Scratch(), Buffer()
-    with single_threaded():
+    with nullcontext() if _is_plain(task, settings) else _single_threaded():
         for unit in cut_units([task]):
             data = buffer.view(unit.nbytes)
             engine.fill(unit.pieces[0], data, scratch)
             yield unit.start, data.data
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Torch without threads of its own: blocks are too small to share, workers share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _single_threaded() -> AbstractContextManager[None]:
+    """Torch without threads of its own; loads torch."""
+    from ckptools import evaluation
+
+    return evaluation.single_threaded()

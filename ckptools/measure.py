@@ -15,11 +15,11 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 
+from ckptools.codec import PLAIN, decode
 from ckptools.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -487,20 +487,7 @@ def _run(
 
 # --- decoding ----------------------------------------------------------------------------------
 
-_PLAIN = {
-    "F64": "<f8", "F32": "<f4", "I8": "i1", "U8": "u1", "BOOL": "u1", "I16": "<i2", "U16": "<u2",
-    "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8",
-}  # fmt: skip
-# (exponent bits, bias, whether it ends in Inf, whether NaN is the negative zero alone)
-_FP8 = {
-    "F8_E5M2": (5, 15, True, False),
-    "F8_E4M3": (4, 7, False, False),
-    "F8_E5M2FNUZ": (5, 16, False, True),
-    "F8_E4M3FNUZ": (4, 8, False, True),
-}
 _NEEDS_F64 = frozenset({"F64", "I32", "U32", "I64", "U64"})
-_F16_SCALE = np.float32(2.0**112)  # between the exponent biases 15 and 127
-_F16_BITS = np.int32(-0x7000_2000)  # 0x8FFFE000: sign, and the rest 13 places up
 _F16_LIMIT = 2.0**32  # the square of what exponent 31 becomes
 _SMALLEST = {
     "F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E5M2": 2.0**-14,
@@ -511,67 +498,6 @@ _SMALLEST = {
 def wide_kind(dtypes: Iterable[str]) -> str:
     """The numpy kind in which tensors of these dtypes are measured, "f4" or "f8"."""
     return "f8" if _NEEDS_F64.intersection(dtypes) else "f4"
-
-
-@np.errstate(invalid="ignore")  # a signalling NaN is converted like any other
-def decode(data: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> NDArray[Any]:
-    """Stored bytes as numbers, in `out` or, where they are stored so, as a view of `data`.
-
-    out  fp32 or fp64, as long as there are elements. F16 in fp32 is converted by integer
-         arithmetic, four times as fast as numpy's own: its Inf and NaN become finite, at least
-         65536 in size; `decode` into fp64 keeps them.
-    """
-    if dtype == "F16":
-        if out.dtype != np.float32:
-            np.copyto(out, data.view("<f2"))
-            return out
-        bits = out.view(np.int32)
-        np.copyto(bits, data.view("<i2"))  # the sign spreads over the upper half
-        np.left_shift(bits, 13, out=bits)
-        np.bitwise_and(bits, _F16_BITS, out=bits)
-        np.multiply(out, _F16_SCALE, out=out)
-        return out
-    if dtype == "BF16":
-        wide = out if out.dtype == np.float32 else np.empty(out.size, np.float32)
-        bits = wide.view(np.uint32)
-        np.copyto(bits, data.view("<u2"))
-        np.left_shift(bits, 16, out=bits)
-        if wide is not out:
-            np.copyto(out, wide)
-        return out
-    if dtype in _FP8:
-        np.take(fp8_values(dtype).astype(out.dtype), data, out=out, mode="clip")
-        return out
-    stored = data.view(_PLAIN[dtype])
-    if stored.dtype == out.dtype:
-        return stored
-    np.copyto(out, stored, casting="unsafe")
-    return out
-
-
-@cache
-def fp8_values(dtype: str) -> NDArray[np.float32]:
-    """The 256 values of an 8-bit float, by their bits.
-
-    Source: Micikevicius et al. 2022, arXiv 2209.05433, table 1; for FNUZ Noune et al. 2022,
-    arXiv 2206.02915.
-    """
-    exponent_bits, bias, has_inf, is_fnuz = _FP8[dtype]
-    mantissa_bits = 7 - exponent_bits
-    top = (1 << exponent_bits) - 1
-    values = np.empty(256, np.float32)
-    for bits in range(128):
-        exponent, mantissa = bits >> mantissa_bits, bits & (1 << mantissa_bits) - 1
-        lead = (1 << mantissa_bits) if exponent else 0
-        size = math.ldexp(lead + mantissa, max(exponent, 1) - bias - mantissa_bits)
-        if has_inf and exponent == top:
-            size = math.nan if mantissa else math.inf
-        elif not has_inf and not is_fnuz and bits == 127:
-            size = math.nan
-        values[bits], values[bits + 128] = size, -size
-    if is_fnuz:
-        values[128] = math.nan
-    return values
 
 
 # --- arithmetic --------------------------------------------------------------------------------
@@ -769,7 +695,7 @@ def _is_rounded(reading: _Reading) -> bool:
     wide, narrow = reading.dtypes
     if wide not in ("F32", "F64") or narrow not in ("F16", "BF16", "F32"):
         return False
-    values, stored = reading.data[0].view(_PLAIN[wide]), reading.data[1]
+    values, stored = reading.data[0].view(PLAIN[wide]), reading.data[1]
     if narrow == "BF16":
         bits = values.astype(np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

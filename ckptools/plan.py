@@ -26,6 +26,7 @@ from ckptools.baking import (
 )
 from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.copies import as_copy, usual_names
+from ckptools.crew import CAN_FORK
 from ckptools.errors import (
     CkptError,
     InputError,
@@ -70,6 +71,7 @@ from ckptools.program import (
     baked_in,
     compile_mix,
     reads_of,
+    runs_plain,
 )
 from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
@@ -80,8 +82,9 @@ from ckptools.writer import index_path, shard_paths, split_shards
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 
-# Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas.
+# Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas; or without torch.
 PROCESS_BYTES = 240_000_000
+PLAIN_PROCESS_BYTES = 50_000_000
 WORKER_BYTES = 14_000_000
 _ADAPTER_KINDS = {"lora", "embedding"}
 _READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
@@ -200,10 +203,14 @@ class Plan:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """Predicted peak of the process's memory."""
+        """Predicted peak of the memory, of all processes."""
+        programs = ((step.program, step.spec.dtype) for step in self.steps)
+        plain = CAN_FORK and not self.recipe.allow_nonfinite
+        plain = plain and runs_plain(programs, self.output_bytes)
         worker = WORKER_BYTES + max(map(_worker_bytes, self.steps), default=0)
         whole = max(map(_whole_bytes, self.steps), default=0)
-        return PROCESS_BYTES + self.threads * worker + whole
+        process = PLAIN_PROCESS_BYTES if plain else PROCESS_BYTES
+        return process + self.threads * worker + whole
 
     @property
     def outputs(self) -> tuple[Path, ...]:

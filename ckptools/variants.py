@@ -25,10 +25,9 @@ from ckptools.engine import (
     Scratch,
     Settings,
     Task,
-    as_tensor,
     is_whole,
-    single_threaded,
 )
+from ckptools.evaluation import as_tensor, single_threaded
 from ckptools.plan import Plan, Source
 from ckptools.program import Copy, Read
 from ckptools.tensors import DTYPES, TensorSpec

@@ -55,7 +55,7 @@ class MergeResult:
     output       the file (or the shards' index)
     sha256_data  of the tensor data in file order, over all shards
     seconds      wall time, planning included
-    peak_bytes   the process's peak memory so far, as the system counted it
+    peak_bytes   the peak memory so far, as the system counted it, workers included
     finite       whether every value of the output is finite
     recomputed   how many tensors were computed again and compared
     file_bytes   size of the output, headers included
@@ -333,7 +333,7 @@ def _write(
         manifest=manifest,
         sha256_data=streamed.sha256,
         seconds=time.perf_counter() - started,
-        peak_bytes=peak_memory_bytes(),
+        peak_bytes=peak_memory_bytes() + streamed.worker_bytes,
         finite=not streamed.nonfinite,
         recomputed=recomputed,
         file_bytes=sum(layout.file_bytes for layout in layouts),
@@ -361,6 +361,7 @@ class _Streamed:
     sha256s: tuple[str, ...]
     nonfinite: Mapping[str, int]
     notes: tuple[str, ...]
+    worker_bytes: int
 
 
 def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Progress) -> _Streamed:
@@ -370,6 +371,7 @@ def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Prog
     sha256s: list[str] = []
     nonfinite: dict[str, int] = {}
     notes: list[str] = []
+    worker_bytes = 0
     for part in parts:
         outcome = run(
             tasks_of(plan.steps, part.layout),
@@ -382,10 +384,11 @@ def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Prog
         )
         sha256s.append(outcome.sha256)
         nonfinite |= outcome.nonfinite
+        worker_bytes = max(worker_bytes, outcome.worker_bytes)
         notes += [f"{name}: wrong position ids were repaired" for name in outcome.repaired]
     notes += [f"{name}: {count:,} NaN or Inf values" for name, count in sorted(nonfinite.items())]
     sha256 = total.hexdigest() if len(parts) > 1 else sha256s[0]
-    return _Streamed(sha256, tuple(sha256s), nonfinite, tuple(notes))
+    return _Streamed(sha256, tuple(sha256s), nonfinite, tuple(notes), worker_bytes)
 
 
 def tasks_of(steps: Sequence[Step], layout: Layout) -> list[Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import (
     MemorySink,
+    Merged,
     bytes_of,
     merge_one,
     merge_tensors,
@@ -27,15 +30,21 @@ from oracle import FORMATS, compare, decoded, rounded, unit, weighted
 from torch import Tensor
 
 import ckptools.engine
-from ckptools.engine import Settings, count_nonfinite, cut_units, run
+import ckptools.evaluation
+import ckptools.plain
+from ckptools.codec import count_nonfinite
+from ckptools.crew import CAN_FORK
+from ckptools.engine import Settings, cut_units, run
 from ckptools.errors import NonFiniteError
 from ckptools.methods import load_methods
 from ckptools.program import Copy, PositionIds, Program, Read, Widen
 from ckptools.tensors import DTYPES, TensorSpec
+from ckptools.writer import Layout, PartFile
 
 TORCH = {name: getattr(torch, row.torch_name) for name, row in DTYPES.items() if row.torch_name}
 FLOATS = [name for name, row in DTYPES.items() if row.is_float]
 STORED = ["F16", "BF16", "F32"]
+needs_fork = pytest.mark.skipif(not CAN_FORK, reason="only Linux forks safely")
 
 
 def noise(shape: int | tuple[int, ...], seed: int, dtype: str = "F16", size: float = 1) -> Tensor:
@@ -340,10 +349,15 @@ def test_the_same_bytes_for_any_threads_blocks_and_spans(
         again = merge_tensors(text, models, settings=Settings(threads=threads))
         assert again.data == first.data
         assert again.outcome.sha256 == first.outcome.sha256
-    for block, span in [(1 << 13, 1 << 16), (99_991, 1 << 20), (1 << 16, 300_001), (5003, 40_000)]:
-        monkeypatch.setattr(ckptools.engine, "BLOCK", block)
-        monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
-        assert merge_tensors(text, models, settings=Settings(threads=3)).data == first.data
+    for alone in (-1, 1 << 30):
+        monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", alone)
+        for block, span in [
+            (1 << 13, 1 << 16), (99_991, 1 << 20), (1 << 16, 300_001), (5003, 40_000)
+        ]:  # fmt: skip
+            monkeypatch.setattr(ckptools.evaluation, "BLOCK", block)
+            monkeypatch.setattr(ckptools.plain, "BLOCK", block)
+            monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
+            assert merge_tensors(text, models, settings=Settings(threads=3)).data == first.data
 
 
 def test_units_cover_the_output_once_in_order() -> None:
@@ -618,17 +632,17 @@ def test_one_whole_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of threads, two whole tensors are never in work together."""
     inside = itertools.count()
     running, most = 0, 0
-    original = ckptools.engine.Engine._fill_whole
+    original = ckptools.evaluation.Evaluation.fill_whole
 
-    def watched(self, task, out):
+    def watched(self, spec, program, out):
         nonlocal running, most
         next(inside)
         running += 1
         most = max(most, running)
-        original(self, task, out)
+        original(self, spec, program, out)
         running -= 1
 
-    monkeypatch.setattr(ckptools.engine.Engine, "_fill_whole", watched)
+    monkeypatch.setattr(ckptools.evaluation.Evaluation, "fill_whole", watched)
     models = {name: {f"{n}": noise((99, 99), n) for n in range(40)} for name in "AB"}
 
     merge_tensors("slerp(A, B, t=0.5)", models, settings=Settings(threads=4))
@@ -671,8 +685,9 @@ class Broken(Exception):  # noqa: N818  # it is raised by tests only
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit for every 64 KB, so that small models make many rounds of the ring."""
+    """A unit for every 64 KB, and workers for any amount: many rounds of the ring."""
     monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 1 << 16)
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
 
 
 def two_models() -> dict[str, dict[str, Tensor]]:
@@ -775,6 +790,156 @@ def test_an_interrupt_while_the_workers_start_is_an_interrupt(
 
     assert next(calls) == number + 1
     assert bytes(sink.data) == written
+
+
+# --- without torch, and in processes -----------------------------------------------------------
+
+
+def other_ways(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], Merged]
+) -> tuple[Merged, Merged]:
+    """What comes out without torch, and with it."""
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", 1 << 40)
+    alone = work()
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+    return alone, work()
+
+
+PLAIN = [
+    "A", "A * 0.3", "A * 0.7 + B * 0.3", "A + (B - C) * 0.7", "A - B + C", "A * -1 + B * 2",
+    "A + (B - C) * 0.25 + (B - A) * 0.5", "A * 1e-6 + B * 500 - C * 499",
+    "A * 0.2 + B * 0.2 + C * 0.2 + D * 0.2 + E * 0.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PLAIN)
+@pytest.mark.parametrize("out", ["F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "mixed"])
+def test_without_torch_the_bytes_are_the_same(
+    text: str, out: str, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From denormals to what is nearly too large, with zeros of both signs."""
+    mixed = itertools.cycle(["F16", "F32", "BF16", "F64", "F8_E5M2"])
+    sizes = torch.exp(torch.linspace(-19, 2, 40_003)).reshape(40_003, 1)
+    models = {}
+    for seed, name in enumerate("ABCDE"):
+        values = noise((40_003, 5), seed, "F32") * sizes
+        values[::7] = 0.0
+        values[1::7] = -0.0
+        models[name] = {"w": values.to(TORCH[next(mixed) if stored == "mixed" else stored])}
+
+    alone, threads = other_ways(monkeypatch, lambda: merge_tensors(text, models, dtype=out))
+
+    assert alone.data == threads.data
+    assert len(set(alone.data)) > 20
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_without_torch_the_same_one_is_to_blame(
+    stored: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: {"w": noise((3000,), seed, stored)} for seed, name in enumerate("AB")}
+    models["B"]["w"][2999] = value
+    said = []
+    for alone in (1 << 40, -1):
+        monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", alone)
+        with pytest.raises(NonFiniteError) as caught:
+            merge_tensors("A * 0.5 + B * 0.5", models)
+        said.append(str(caught.value))
+
+    assert said[0] == said[1]
+    assert "B has 1 NaN or Inf of 3,000 values" in said[0]
+
+
+@pytest.mark.parametrize("out", ["F16", "BF16"])
+def test_without_torch_a_result_that_is_too_large_is_counted(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"A": {"w": torch.tensor([1.0, -60000.0, 65519.0, 65521.0] * 9)}}
+    text = "A * 1" if out == "F16" else "A * 1e34"
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", 1 << 40)
+
+    with pytest.raises(NonFiniteError, match=r"9 values .* F16" if out == "F16" else "27 values"):
+        merge_tensors(text, models, dtype=out)
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], PartFile]:
+    """Makes parts of a file of so many data bytes; processes work for any amount."""
+    monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 1 << 16)
+
+    def make(nbytes: int) -> PartFile:
+        return PartFile(Layout(tmp_path / "x", (), {}, b"", nbytes))
+
+    return make
+
+
+@needs_fork
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_processes_write_the_same_bytes(
+    threads: int, part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: small_model(seed) for seed, name in enumerate("ABC")}
+    for tensors in models.values():
+        del tensors["fp8"]  # written by torch alone
+    first = merge_tensors("A + (B - C) * 0.7", models)
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+    done = []
+
+    with part(len(first.data)) as sink:
+        again = merge_tensors(
+            "A + (B - C) * 0.7", models, sink=sink, settings=Settings(threads),
+            progress=done.append,
+        )  # fmt: skip
+        sink.commit()
+
+    assert sink.layout.path.read_bytes() == first.data
+    assert again.outcome.sha256 == first.outcome.sha256
+    assert again.outcome.worker_bytes > 1_000_000 * threads
+    assert sum(done) == len(first.data)
+
+
+@needs_fork
+def test_processes_tell_what_they_found(
+    part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+    ids = torch.arange(77).reshape(1, 77) + 1
+    bad = noise((9,), 1)
+    bad[3] = math.nan
+    specs = [spec_of("x.position_ids", ids), spec_of("w", bad)]
+    programs: dict[TensorSpec, Program] = {
+        specs[0]: PositionIds(Read(0, "x.position_ids", specs[0])),
+        specs[1]: Copy(Read(0, "w", specs[1])),
+    }
+    models = {"A": {"x.position_ids": ids, "w": bad}}
+
+    with part(77 * 8 + 18) as sink:
+        told = run_programs(
+            programs, models, sink=sink, settings=Settings(2, allow_nonfinite=True)
+        ).outcome
+        with pytest.raises(NonFiniteError, match="A has 1 NaN or Inf of 9 values") as caught:
+            run_programs(programs, models, sink=sink)
+
+    assert (told.repaired, told.nonfinite) == (["x.position_ids"], {"w": 1})
+    assert caught.value.where == "w"
+
+
+@needs_fork
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken])
+def test_processes_end_with_an_interrupted_run(
+    error: type, part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+
+    def progress(nbytes: int) -> None:
+        raise error
+
+    with part(2 * 256 * 512 * 12) as sink, pytest.raises(error):
+        merge_tensors(HALF, two_models(), sink=sink, progress=progress)
+
+    assert not Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
 
 
 def test_nothing_to_do_is_done_at_once() -> None:

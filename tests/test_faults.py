@@ -433,12 +433,10 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_file(
     job = write_job(tmp_path, models, tmp_path / "out" / "m.safetensors")
     job.start_over()
     whole = os.pwrite
-    written = []
 
     def limited(number: int, view: memoryview, at: int) -> int:
-        if sum(written) > 20_000_000:
+        if at > 20_000_000:
             raise OSError(28, "No space left on device")
-        written.append(len(view))
         return whole(number, view, at)
 
     monkeypatch.setattr(os, "pwrite", limited)
@@ -446,7 +444,6 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_file(
     with pytest.raises(OutputError, match="the disk is full; nothing was left behind"):
         merge(load_recipe(job.recipe), force=True)
 
-    assert sum(written) > 20_000_000
     job.assert_untouched()
 
 

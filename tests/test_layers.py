@@ -14,7 +14,7 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "datafile", "tensors", "hubref", "interrupts", "crew"},
+    {"errors", "datafile", "tensors", "hubref", "interrupts", "crew", "codec"},
     {
         "checkpoint",
         "sources",
@@ -32,7 +32,7 @@ LAYERS = (
         "lineage",
         "lora",
     },
-    {"plan", "baking"},
+    {"plan", "baking", "plain", "evaluation"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
     {

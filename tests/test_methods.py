@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import ckptools.engine
-from ckptools.engine import ElementRandom, Settings
+import ckptools.evaluation
+import ckptools.plain
+from ckptools.engine import Settings
+from ckptools.evaluation import ElementRandom
 from ckptools.formula import Call, Expr, Linear
 from ckptools.methods import Method, load_methods
 from ckptools.recipe import Recipe, load_recipe
@@ -125,7 +128,8 @@ def test_blocks_of_any_size_give_the_bits_of_the_whole(
     whole = merge_one(text, **named)
 
     for block, span in [(777, 3002), (1, 5000), (1 << 16, 9999)]:
-        monkeypatch.setattr(ckptools.engine, "BLOCK", block if block > 1 else 13)
+        monkeypatch.setattr(ckptools.plain, "BLOCK", block if block > 1 else 13)
+        monkeypatch.setattr(ckptools.evaluation, "BLOCK", block if block > 1 else 13)
         monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
         assert_same_bits(merge_one(text, **named), whole)
     if method.access != "linear":  # the planner, not the function, orders linear sums

@@ -1037,7 +1037,8 @@ def test_only_methods_that_need_a_whole_tensor_cost_memory_by_its_size(
     whole = planned(models, "slerp(A, B)").peak_bytes
     more = planned(models, "ties(A, B, base=C)").peak_bytes
 
-    assert 200_000_000 < two < linear < 350_000_000
+    assert 50_000_000 < two < linear < 160_000_000
+    assert whole > 200_000_000  # torch
     assert whole - two > 2 * 4_000_000  # at least its two models in fp32
     assert more > whole
 

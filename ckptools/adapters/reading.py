@@ -179,7 +179,7 @@ def load(checkpoint: Checkpoint, name: str) -> Tensor:
     """One tensor as stored, in memory of its own."""
     import numpy as np
 
-    from ckptools.engine import as_tensor
+    from ckptools.evaluation import as_tensor
 
     spec = checkpoint[name]
     data = np.empty(spec.nbytes, np.uint8)

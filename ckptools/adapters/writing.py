@@ -145,7 +145,7 @@ class AdapterWriter:
         """
         import torch
 
-        from ckptools.engine import torch_dtype
+        from ckptools.evaluation import torch_dtype
 
         stored: dict[str, Tensor] = {}
         for part, tensor in parts.items():

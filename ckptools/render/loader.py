@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ckptools.checkpoint import Checkpoint
-from ckptools.engine import torch_dtype
 from ckptools.errors import CkptError, InputError, UsageError, nearest, raise_all
+from ckptools.evaluation import torch_dtype
 from ckptools.family import Family, detect, family_of
 from ckptools.keymap import KeyMap, Piece, key_map
 from ckptools.render.configs import (

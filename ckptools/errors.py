@@ -138,10 +138,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     "did you mean 'models'?"
     """
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1)
+    close = closest(word, words)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {close!r}?"
     return f"known: {', '.join(words)}" if words else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` may be a slip of; "" where none is near."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1)), "")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:

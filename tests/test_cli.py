@@ -18,6 +18,7 @@ from models import shrunk, write_model, write_tensors
 from ckptools import report, workflow
 from ckptools.cli import group, main, run
 from ckptools.errors import ManyErrors, NonFiniteError, RecipeError, UnsafeError
+from ckptools.recipe import load_recipe
 
 COMMANDS = tuple(group.list_commands(click.Context(group)))
 Captured = pytest.CaptureFixture[str]
@@ -284,7 +285,7 @@ WRONG = [
     (["plan", "RECIPE", "--set", "M"], "'M' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "M=nan"], "'M=nan' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "=1"], "'=1' is not NAME=NUMBER"),
-    (["plan", "RECIPE", "--set", "Q=1"], "--set names the unknown parameter 'Q'"),
+    (["plan", "RECIPE", "--set", "Q=1"], "unknown parameter 'Q'"),
     (["plan", "RECIPE", "--colour"], "No such option"),
     (["merge", "RECIPE", "--threads", "0"], "0 is not in the range"),
     (["merge", "RECIPE", "-o", "out.ckpt"], "does not end in .safetensors"),
@@ -311,6 +312,28 @@ def test_wrong_usage_exits_with_2_and_says_why(
     assert list(error)[:4] == ["code", "message", "where", "fix"]
 
 
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (["-o", "there.safetensors"], "exists"),
+        (["-o", "there.safetensors/x.safetensors"], "is not a folder"),
+        (["-o", "input.safetensors", "--force"], "is one of the inputs"),
+    ],
+)
+def test_a_mistake_in_an_option_is_placed_at_the_option(
+    option: list[str], what: str, recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    Path("there.safetensors").touch()
+    Path("input.safetensors").symlink_to(load_recipe(recipe).models["A"].path)
+
+    assert run(["merge", str(recipe), *option, "--json"]) == 2
+
+    error = json_of(capsys, "merge")["error"]
+    assert what in error["message"]
+    assert error["where"] == "--output"
+
+
 def test_no_arguments_show_the_help(capsys: Captured) -> None:
     assert run([]) == 2
 
@@ -320,7 +343,7 @@ def test_no_arguments_show_the_help(capsys: Captured) -> None:
 def test_a_recipe_s_mistakes_are_shown_each_with_place_and_fix(
     tmp_path: Path, capsys: Captured
 ) -> None:
-    path = write_recipe(tmp_path / "r.yaml", "models: {A: a}", "merje: A", "output: {path: o}")
+    path = write_recipe(tmp_path / "r.yaml", "models: {A: }", "merje: A", "output: {path: o}")
     assert run(["plan", str(path)]) == 2
     shown = capsys.readouterr()
     assert run(["plan", str(path), "--json"]) == 2
@@ -330,7 +353,7 @@ def test_a_recipe_s_mistakes_are_shown_each_with_place_and_fix(
     assert shown.err.count("error: ") == 3
     assert f"error: {path}:3: unknown key 'merje' in the recipe\n  fix: did you" in shown.err
     assert error["code"] == "recipe"
-    assert error["where"] == f"{path}:1"
+    assert error["where"] == f"{path}:2"
     assert len(error["others"]) == 2
     assert {tuple(other) for other in error["others"]} == {("code", "message", "where", "fix")}
 

@@ -14,7 +14,7 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "datafile", "tensors", "hubref"},
+    {"errors", "datafile", "tensors", "hubref", "filetypes"},
     {
         "checkpoint",
         "sources",

@@ -21,8 +21,8 @@ from typing import Literal
 
 from ckptools.checkpoint import Checkpoint
 from ckptools.convert_settings import Wanted, settings_of
-from ckptools.errors import InputError, NonFiniteError, OutputError, UsageError, nearest
-from ckptools.family import Detection, Family, detect, family_of
+from ckptools.errors import InputError, NonFiniteError, OutputError, UsageError, closest, nearest
+from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.folders import MAIN_COMPONENTS, SIDE_FILE, as_folder, is_diffusers_folder, renamed
 from ckptools.keymap import KeyMap, key_map, key_map_ids
 from ckptools.manifest import (
@@ -57,6 +57,7 @@ KEEP = "keep"
 CONVERSION_KEY = "ckptools.conversion"
 
 _SHARD_BYTES = 10_000_000_000  # diffusers 0.42, `ModelMixin.save_pretrained`, max_shard_size
+_FILE_SUFFIXES = {".json", ".yaml", ".yml", ".gguf", ".zip", ".part"}
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _EMA = "model_ema."
 _LEFTOVERS = (
@@ -110,6 +111,11 @@ class Request:
             raise UsageError(
                 f"the output {self.output.name!r} does not end in .safetensors",
                 fix=f"write {self.output.name + '.safetensors'!r}",
+            )
+        if suffix in _FILE_SUFFIXES or closest(suffix, [".safetensors"]):
+            raise UsageError(
+                f"{self.output.name!r} looks like the name of a file",
+                fix=f"write {self.output.with_suffix('.safetensors').name!r}, or name a folder",
             )
         return "diffusers"
 
@@ -335,11 +341,13 @@ class _Planner:
 
     def _folder(self, names: Mapping[str, str]) -> tuple[list[Written], Mapping[str, bytes]]:
         if self.map is None:
+            known = self.detection.family is not None
+            what = family_of(self.detection).title if known else kind_words(self.detection)
             raise InputError(
-                "no diffusers folder can be made of it: its family is not known "
+                f"no diffusers folder can be made of this: it is {what} "
                 f"({'; '.join(self.detection.evidence[:2])})",
                 where=str(self.request.source),
-                fix=f"a model of one of these families: {', '.join(key_map_ids())}; "
+                fix=f"give a model of one of these families: {', '.join(key_map_ids())}; "
                 "or write a .safetensors file",
             )
         view = renamed(self.checkpoint, names)
@@ -496,8 +504,8 @@ def _check_space(conversion: Conversion) -> None:
     folder = existing_folder(conversion.request.output.absolute().parent)
     if not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is not a folder", fix="write somewhere else")
-    free = shutil.disk_usage(folder).free
-    if conversion.output_bytes > free:
+    total, _, free = shutil.disk_usage(folder)
+    if conversion.output_bytes > free and total:  # some systems of files do not tell: 0 of 0
         raise OutputError(
             f"the disk is too full: the output needs {conversion.output_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",

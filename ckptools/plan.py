@@ -35,7 +35,7 @@ from ckptools.errors import (
     nearest,
     raise_all,
 )
-from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
+from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, kind_words
 from ckptools.formula import (
     AdapterDelta,
     Applied,
@@ -389,7 +389,7 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
-                f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
+                f"this is {kind_words(detection)}, not an adapter",
                 fix="bake() takes a model and an adapter",
             )
         config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
@@ -404,9 +404,10 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
 def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     detection = detect(checkpoint, checkpoint.metadata)
     if detection.kind in _ADAPTER_KINDS:
-        noun = {"lora": "an adapter (LoRA)", "embedding": "an embedding"}[detection.kind]
         checkpoint.close()
-        raise InputError(f"this is {noun}, not weights", fix="a formula needs whole models")
+        raise InputError(
+            f"this is {kind_words(detection)}, not weights", fix="a formula needs whole models"
+        )
     canonical = usual_names(checkpoint, detection)
     names: dict[str, str] = {}
     doubles: list[tuple[str, str]] = []
@@ -1284,8 +1285,8 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
         return
     if not os.access(folder, os.W_OK):
         yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
-    free = shutil.disk_usage(folder).free
-    if plan.output_bytes > free:
+    total, _, free = shutil.disk_usage(folder)
+    if plan.output_bytes > free and total:  # some systems of files do not tell: 0 of 0
         yield OutputError(
             f"the disk is too full: the output needs {plan.output_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",

@@ -29,6 +29,7 @@ from ckptools.errors import (
     nearest,
     raise_all,
 )
+from ckptools.filetypes import SNIFF_BYTES, file_type
 from ckptools.formula import (
     BAKE,
     Call,
@@ -570,6 +571,9 @@ def _line(error: CkptError) -> int:
     return int(found[1]) if found else 0
 
 
+_SHOWN_CHARS = 60
+
+
 def _is_null(node: yaml.Node) -> bool:
     return (
         isinstance(node, yaml.ScalarNode)
@@ -583,7 +587,10 @@ def _shape(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return repr(node.value) if not _is_null(node) else "empty"
+    if _is_null(node):
+        return "empty"
+    text = str(node.value)
+    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…")
 
 
 _QUOTE_GLOBS = 'a glob that begins with * is written in quotes: "*attn2*": 0.5'
@@ -650,17 +657,25 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
         raise RecipeError(
             f"the recipe cannot be read: {exc.strerror}", where=str(path), fix="check the path"
         ) from exc
-    if len(raw) > MAX_RECIPE_BYTES:
-        raise RecipeError(
-            "a recipe of more than 1 MB: is it a model?", where=str(path), fix="give a .yaml file"
-        )
     try:
-        text = raw.decode("utf-8-sig")
+        if len(raw) > MAX_RECIPE_BYTES:
+            raise RecipeError(_no_recipe(raw) or "a recipe of more than 1 MB: is it a model?")
+        return parse_recipe(raw.decode("utf-8-sig"), path, overrides=overrides)
     except UnicodeDecodeError as exc:
-        raise RecipeError(
-            "the recipe is not UTF-8 text", where=str(path), fix="give a .yaml file"
-        ) from exc
-    return parse_recipe(text, path, overrides=overrides)
+        what = _no_recipe(raw) or "the recipe is not UTF-8 text"
+        raise RecipeError(what, where=str(path), fix="give a .yaml file") from exc
+    except RecipeError as exc:
+        exc.fix = exc.fix or "give a .yaml file"
+        raise exc.at(str(path)) from exc.__cause__
+
+
+def _no_recipe(raw: bytes) -> str:
+    """What a file is that cannot be a recipe; "" where there is no telling."""
+    if raw[8:9] == b"{":
+        return "a safetensors file, not a recipe"
+    found = file_type(raw[:SNIFF_BYTES])
+    mark = ", not safetensors"
+    return f"{found.what.partition(mark)[0]}, not a recipe" if found and mark in found.what else ""
 
 
 def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:

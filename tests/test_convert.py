@@ -364,7 +364,7 @@ def test_an_unknown_family_makes_no_folder(
 
     assert run(["convert", str(source), str(tmp_path / "folder"), "--json"]) == 2
     error = json_of(capsys)["error"]
-    assert "its family is not known" in error["message"]
+    assert "no diffusers folder can be made of this: it is a" in error["message"]
     assert "sdxl" in error["fix"]
     assert run(["convert", str(source), str(tmp_path / "B.safetensors"), "-q"]) == 0
 
@@ -385,6 +385,9 @@ def test_an_unknown_family_makes_no_folder(
         (["A.safetensors", "out", "--dtype", "int8"], "is not a dtype"),
         (["A.safetensors", "out", "--shard-size", "5"], "is not a size"),
         (["A.safetensors", "out", "--config", "nowhere"], "no such folder"),
+        (["A.safetensors", "out", "--config", "full"], "a folder without settings"),
+        (["A.safetensors", "out.safetensor"], "looks like the name of a file"),
+        (["A.safetensors", "out.safetensors.index.json"], "looks like the name of a file"),
         (["nowhere.safetensors", "out"], "no such file"),
         (["A.safetensors", "A.safetensors/out"], "is not a folder"),
     ],

@@ -702,7 +702,7 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "A"], "this is a checkpoint, not an adapter"),
+        (["inspect", "A"], "this is a whole model, not an adapter"),
         (["inspect", "missing.safetensors"], "no such file"),
         (["check", "X", "--against", "X"], "not a model that adapters are known for"),
         (["extract", "A", "B", "-o", "out.ckpt"], "does not end in .safetensors"),
@@ -711,6 +711,10 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
         (["extract", "A", "B", "-o", "no/folder.safetensors"], "there is no folder"),
         (["extract", "A", "B", "-o", "o.safetensors", "--rank", "4", "--energy", "0.5"], "either"),
         (["extract", "A", "B", "-o", "o.safetensors", "--names", "peft", "--with-diff"], "PEFT"),
+        (["check", "X", "--against", "X"], "this is an adapter (LoRA), not a model"),
+        (["extract", "A", "B", "-o", "."], "the output '.' is a folder"),
+        (["merge", "X", "X", "-o", "o.safetensors", "--weights", "1,-1"], "cancel each other out"),
+        (["merge", "X", "-o", "o.safetensors", "--weights", "0"], "all weights are 0"),
         (["resize", "X", "-o", "o.safetensors"], "either a rank or an energy"),
     ],
 )

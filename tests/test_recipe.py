@@ -617,7 +617,9 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
     [
         (MINIMAL.encode("utf-16"), "the recipe is not UTF-8 text"),
         (MINIMAL.replace("a.safe", "ä.safe").encode("latin-1"), "the recipe is not UTF-8 text"),
-        (b"\x80\x04\x95" * 100, "the recipe is not UTF-8 text"),
+        (b"\x80\x04\x95" * 100, "a Python pickle (an old .ckpt or .pt), not a recipe"),
+        (bytes([8, 1, 0, 0, 0, 0, 0, 0]) + b'{"\xff', "a safetensors file, not a recipe"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture, not a recipe"),
         (b"#" * (MAX_RECIPE_BYTES + 1), "a recipe of more than 1 MB: is it a model?"),
     ],
 )
@@ -670,6 +672,13 @@ def test_set_of_an_unknown_parameter_names_the_nearest() -> None:
     assert (error.what, error.where) == ("unknown parameter 'mul'", "--set")
     assert error.fix == "did you mean 'mult'?"
     assert only_error(MINIMAL, M=0.25).fix == "the recipe has no `params:`"
+
+
+def test_a_long_value_is_shown_shortened() -> None:
+    error = only_error("word " * 999)
+
+    assert len(error.what) < 120
+    assert "'word word " in error.what
 
 
 def test_set_of_an_unknown_parameter_hides_no_mistake_of_the_recipe() -> None:

@@ -82,6 +82,8 @@ class Written:
 
 def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
     """Refuse an output that is an input, exists, or cannot be, before any work is done."""
+    if output.is_dir():
+        raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
     if output.suffix != ".safetensors":
         raise OutputError(
             f"the output {str(output)!r} does not end in .safetensors",
@@ -89,8 +91,6 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         )
     if not output.parent.is_dir():
         raise OutputError(f"there is no folder {str(output.parent)!r}", fix="make it first")
-    if output.is_dir():
-        raise OutputError(f"the output {str(output)!r} is a folder")
     if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
         raise OutputError(
             f"the output {str(output)!r} is one of the inputs", fix="write to another file"

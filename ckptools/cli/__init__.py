@@ -134,7 +134,9 @@ def _usage_error(error: click.ClickException, command: str, *, as_json: bool) ->
     if as_json:
         from ckptools import report
 
-        body = {"code": "usage", "message": error.format_message(), "where": "", "fix": ""}
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        fix = f"see {path} --help" if path else ""
+        body = {"code": "usage", "message": error.format_message(), "where": "", "fix": fix}
         report.show_json(command, {"error": body})
     else:
         error.show()

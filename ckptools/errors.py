@@ -146,7 +146,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def closest(word: str, known: Iterable[str]) -> str:
     """The known word that `word` may be a slip of; "" where none is near."""
-    return next(iter(difflib.get_close_matches(word, sorted(known), n=1)), "")
+    words = sorted(known)
+    other_case = [each for each in words if each.casefold() == word.casefold()]
+    return next(iter(other_case or difflib.get_close_matches(word, words, n=1)), "")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from ckptools.errors import CkptError, RecipeError, nearest, raise_all
+from ckptools.errors import CkptError, RecipeError, closest, nearest, raise_all
 from ckptools.methods import Method
 
 Kind = Literal["weights", "delta", "scalar"]
@@ -190,8 +190,16 @@ class _Builder:
             case ast.BinOp(op=operator) if type(operator) in _OPERATORS:
                 left, right = self.build(node.left), self.build(node.right)
                 return Binary(_OPERATORS[type(operator)], left, right, column)
-            case ast.BinOp(op=ast.Pow()):
-                raise self._error("`**` is not part of formulas", node, "only + - * / and methods")
+            case ast.BinOp(left=left, right=right):
+                sign, at = self._between(left, right)
+                raise self._error_at(
+                    f"`{sign}` is not part of formulas", at, "only + - * / and methods"
+                )
+            case ast.Tuple(elts=[first, second, *_]):
+                _, at = self._between(first, second)
+                raise self._error_at(
+                    "`,` is not part of formulas", at, "a decimal has a point: 0.5"
+                )
             case ast.Call(func=ast.Name(id=name)):
                 return self._call(name, node)
         raise self._error(
@@ -226,8 +234,20 @@ class _Builder:
         prefix = self._text.lstrip().encode()[: node.col_offset]
         return self._indent + len(prefix.decode("utf-8", "ignore")) + 1
 
+    def _between(self, left: ast.expr, right: ast.expr) -> tuple[str, int]:
+        """The sign between two parts, and its column."""
+        flat = self._text.lstrip().encode()
+        begin = left.end_col_offset or 0
+        gap = flat[begin : right.col_offset].decode("utf-8", "ignore")
+        sign = gap.strip(" ()")
+        before = flat[:begin].decode("utf-8", "ignore")
+        return sign, self._indent + len(before) + gap.find(sign) + 1
+
     def _error(self, what: str, node: ast.expr, fix: str = "") -> RecipeError:
-        return _error(self._text, what, self._column(node), where=self._where, fix=fix)
+        return self._error_at(what, self._column(node), fix)
+
+    def _error_at(self, what: str, column: int, fix: str = "") -> RecipeError:
+        return _error(self._text, what, column, where=self._where, fix=fix)
 
 
 def names_in(expr: Expr) -> Iterator[Name]:
@@ -319,10 +339,13 @@ def unknown_name(formula: Formula, name: Name, scope: Scope) -> RecipeError:
             f"{name.id!r} is a method", name.column, f"call it: {usage(scope.methods[name.id])}"
         )
     odd = next((char for char in name.id if not char.isascii()), "")
+    fix = nearest(name.id, scope.names)
+    if not closest(name.id, scope.names):
+        fix = f"{fix}; numbers of your own go into `params:`".removeprefix("; ")
     return formula.error(
         f"unknown name {name.id!r}" + (f", with a {_character(odd)}" if odd else ""),
         name.column,
-        nearest(name.id, scope.names),
+        fix,
     )
 
 

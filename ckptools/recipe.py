@@ -487,6 +487,9 @@ class _Reader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.error(key, f"a key of {what} must be plain text", "write `name: value`")
+            elif _is_null(value) and (slip := _slip(key.value)):
+                self.told.add(key.value.partition(":")[0])
+                self.error(key, f"{key.value!r} in {what} has no value", slip)
             elif key.value in found:
                 first = found[key.value][0].start_mark.line + 1
                 self.error(
@@ -574,6 +577,14 @@ def _line(error: CkptError) -> int:
 _SHOWN_CHARS = 60
 
 
+def _slip(key: str) -> str:
+    """What was meant by a key that stands alone in braces, where that can be guessed."""
+    name, colon, value = key.partition(":")
+    if colon and name and value:
+        return f"put a space after the colon: `{name}: {value}`"
+    return "a decimal has a point: 0.5" if key.isdecimal() else ""
+
+
 def _is_null(node: yaml.Node) -> bool:
     return (
         isinstance(node, yaml.ScalarNode)
@@ -600,6 +611,10 @@ _YAML_HINTS = {
     "undefined alias": _QUOTE_GLOBS,
     "single document": "one recipe to a file: remove the `---` line and what follows it",
     "\\t": "indent with spaces",
+    "expected <block end>": "indent the line as its neighbours are, and close what is open",
+    "expected the node content": "close what is open: a bracket, a quote",
+    "expected ','": "put a comma between the entries, and close what is open",
+    "cannot start any token": "put the value in quotes",
     "mapping values are not allowed": "is there a space after `:`, and is the indent right?",
 }
 
@@ -657,16 +672,15 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
         raise RecipeError(
             f"the recipe cannot be read: {exc.strerror}", where=str(path), fix="check the path"
         ) from exc
+    if len(raw) > MAX_RECIPE_BYTES:
+        what = _no_recipe(raw) or "a recipe of more than 1 MB: is it a model?"
+        raise RecipeError(what, where=str(path), fix="give a .yaml file")
     try:
-        if len(raw) > MAX_RECIPE_BYTES:
-            raise RecipeError(_no_recipe(raw) or "a recipe of more than 1 MB: is it a model?")
-        return parse_recipe(raw.decode("utf-8-sig"), path, overrides=overrides)
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         what = _no_recipe(raw) or "the recipe is not UTF-8 text"
         raise RecipeError(what, where=str(path), fix="give a .yaml file") from exc
-    except RecipeError as exc:
-        exc.fix = exc.fix or "give a .yaml file"
-        raise exc.at(str(path)) from exc.__cause__
+    return parse_recipe(text, path, overrides=overrides)
 
 
 def _no_recipe(raw: bytes) -> str:
@@ -1169,7 +1183,13 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         return None
     keys = reader.known(node, "output", OUTPUT_KEYS)
     path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""
-    if path and not path.endswith(".safetensors"):
+    if path and (path.endswith(("/", "\\")) or Path(path).name in ("", "..", ".safetensors")):
+        reader.error(
+            keys["path"],
+            f"the output {path!r} does not name a file",
+            f"such as {str(Path(path.removesuffix('.safetensors')) / 'merged.safetensors')!r}",
+        )
+    elif path and not path.endswith(".safetensors"):
         reader.error(
             keys["path"],
             f"the output {path!r} does not end in .safetensors",
@@ -1181,7 +1201,9 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
     shard_bytes = _size(reader, keys["shard_size"]) if "shard_size" in keys else 0
     metadata = {}
     if "metadata" in keys:
-        for name, (_, value) in reader.mapping(keys["metadata"], "metadata").items():
+        for name, (key, value) in reader.mapping(keys["metadata"], "metadata").items():
+            if name.startswith("ckptools.") or name in _OWN_METADATA:
+                reader.error(key, f"metadata {name!r} is for ckptools to write", "leave it out")
             metadata[name] = reader.text(value, f"metadata {name!r}") or ""
     return Output(
         path=path,
@@ -1192,6 +1214,10 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         where=reader.where(node),
         dtypes_where=reader.where(keys["dtype"]) if "dtype" in keys else reader.where(node),
     )
+
+
+# The record of the merge, and what loaders go by.
+_OWN_METADATA = {"format", "modelspec.hash_sha256", "sd_merge_recipe", "sd_merge_models"}
 
 
 def _dtypes(reader: _Reader, node: yaml.Node) -> dict[str, str]:

@@ -1217,7 +1217,7 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
 
 
 # The record of the merge, and what loaders go by.
-_OWN_METADATA = {"format", "modelspec.hash_sha256", "sd_merge_recipe", "sd_merge_models"}
+_OWN_METADATA = {"format", "sd_merge_recipe", "sd_merge_models"}
 
 
 def _dtypes(reader: _Reader, node: yaml.Node) -> dict[str, str]:

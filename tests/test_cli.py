@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -332,6 +333,20 @@ def test_a_mistake_in_an_option_is_placed_at_the_option(
     error = json_of(capsys, "merge")["error"]
     assert what in error["message"]
     assert error["where"] == "--output"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
+    recipe: Path, options: list[str]
+) -> None:
+    words = [sys.executable, "-m", "ckptools", "plan", str(recipe), *options]
+
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr == f"error: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_no_arguments_show_the_help(capsys: Captured) -> None:

@@ -119,7 +119,7 @@ class AdapterWriter:
     def __enter__(self) -> Self:
         try:
             self._spool: IO[bytes] = self._stack.enter_context(
-                tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-")
+                tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-", buffering=0)
             )
         except OSError as exc:
             raise output_error(exc, self.output) from exc
@@ -199,8 +199,10 @@ class AdapterWriter:
     def _append(self, spec: TensorSpec, data: bytes | memoryview) -> None:
         if spec.name in self._specs:
             raise InputError("is written twice", where=spec.name)
+        view = memoryview(data).cast("B")
         try:
-            self._spool.write(data)
+            while view:
+                view = view[self._spool.write(view) :]
         except OSError as exc:
             raise output_error(exc, self.output) from exc
         self._specs[spec.name] = (spec, self._end)

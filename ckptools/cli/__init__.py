@@ -123,9 +123,15 @@ def run(arguments: list[str]) -> int:
 def _show(error: CkptError, command: str, *, as_json: bool) -> int:
     from ckptools import report
 
-    if as_json:
-        report.show_json(command, {"error": report.error_json(error)})
-    else:
+    is_told = False
+    try:
+        if as_json:
+            report.show_json(command, {"error": report.error_json(error)})
+        sys.stdout.flush()
+        is_told = as_json
+    except OSError:  # a full disk: stdout may be what failed
+        sys.stdout = io.StringIO()  # nothing is left to flush to
+    if not is_told:
         report.show_error(error)
     return error.exit_code
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
+_LEAST_FOLDED = 12
+_BETWEEN_COLUMNS = 3
 
 
 def safe(text: str) -> str:
@@ -102,8 +104,24 @@ def _row(table: Table, *cells: str | list[str]) -> None:
 
 
 def _show_table(table: Table) -> None:
+    console = _console()
+    # A terminal too narrow for the numbers breaks the lines itself: it is better than 7 for 703 kB.
+    console.width = max(console.width, _least_width(table))
     # long cells are folded; with the console's soft_wrap they would be cut off
-    _console().print(table, soft_wrap=False)
+    console.print(table, soft_wrap=False)
+
+
+def _least_width(table: Table) -> int:
+    """The width at which no cell of the columns that do not fold is cut off."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(cell_len(line) for cell in (column.header, *column.cells)
+            for line in str(cell).split("\n"))
+        if column.no_wrap else _LEAST_FOLDED
+        for column in table.columns
+    ]  # fmt: skip
+    return sum(widths) + _BETWEEN_COLUMNS * len(widths)
 
 
 # --- JSON and errors ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -333,6 +334,42 @@ def test_a_mistake_in_an_option_is_placed_at_the_option(
     error = json_of(capsys, "merge")["error"]
     assert what in error["message"]
     assert error["where"] == "--output"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60])
+def test_a_narrow_terminal_cuts_no_number_off(
+    recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    model = str(load_recipe(recipe).models["A"].path)
+    assert run(["inspect", model]) == 0
+    wide = capsys.readouterr().out
+    sizes = re.findall(r"[\d.]+ [kM]B", wide)
+    monkeypatch.setattr(report, "_WIDTH_OF_PIPES", columns)
+
+    assert run(["inspect", model]) == 0
+
+    assert len(sizes) >= 4
+    assert re.findall(r"[\d.]+ [kM]B", capsys.readouterr().out) == sizes
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("command", ["plan", "explain", "inspect"])
+def test_tables_are_shown_where_there_are_few_letters(
+    recipe: Path, command: str, encoding: str
+) -> None:
+    words = {
+        "plan": [str(recipe), "--details"],
+        "explain": [str(recipe), "*out.2.weight"],
+        "inspect": [str(load_recipe(recipe).models["A"].path)],
+    }[command]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptools", command, *words],
+        env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "unet" in done.stdout.decode(encoding)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -85,6 +85,8 @@ def group() -> None:
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     gc.set_threshold(*_COLLECT_RARELY)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table in a locale that has no such letters
     for number in _TERMINATING:
         signal.signal(number, _on_terminate)
     code = run(sys.argv[1:])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
-_LEAST_FOLDED = 12
+_LEAST_FOLDED = 6
 _BETWEEN_COLUMNS = 3
 
 
@@ -121,7 +121,7 @@ def _least_width(table: Table) -> int:
         if column.no_wrap else _LEAST_FOLDED
         for column in table.columns
     ]  # fmt: skip
-    return sum(widths) + _BETWEEN_COLUMNS * len(widths)
+    return sum(widths) + _BETWEEN_COLUMNS * len(widths) - 1
 
 
 # --- JSON and errors ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -162,6 +163,24 @@ class Conversion:
     def output_bytes(self) -> int:
         """Bytes of tensor data to write."""
         return sum(s.nbytes for file in self.written for s, _ in file.programs.values())
+
+    @cached_property
+    def files(self) -> Mapping[str, int]:
+        """Path below the output's folder → size of the file, headers included."""
+        layouts = [
+            lay_out([spec for spec, _ in file.programs.values()], file.metadata, file.path)
+            for file in self.written
+        ]
+        small = {Path(path): len(data) for path, data in self.settings.items()}
+        for shards in _sharded(layouts):
+            small[index_path(_unsharded(shards[0].path))] = len(index_document(shards))
+        sizes = {layout.path: layout.file_bytes for layout in layouts} | small
+        return {path.as_posix(): nbytes for path, nbytes in sizes.items()}
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())
 
     def close(self) -> None:
         """Close the source and every view of it."""
@@ -505,9 +524,9 @@ def _check_space(conversion: Conversion) -> None:
     if not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is not a folder", fix="write somewhere else")
     total, _, free = shutil.disk_usage(folder)
-    if conversion.output_bytes > free and total:  # some systems of files do not tell: 0 of 0
+    if conversion.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
         raise OutputError(
-            f"the disk is too full: the output needs {conversion.output_bytes / 1e6:,.1f} MB, "
+            f"the disk is too full: the output needs {conversion.file_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",
             where=str(conversion.request.output),
             fix="free some space, or write to another disk",

@@ -75,7 +75,7 @@ from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.writer import index_path, shard_paths, split_shards
+from ckptools.writer import index_path, lay_out, shard_paths, split_shards
 
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
@@ -195,8 +195,13 @@ class Plan:
 
     @cached_property
     def output_bytes(self) -> int:
-        """Bytes of tensor data that will be written (headers come on top)."""
+        """Bytes of tensor data that will be written (headers come on top: `file_bytes`)."""
         return sum(step.spec.nbytes for step in self.steps)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Size of the files that will be written, headers included but for their metadata."""
+        return sum(lay_out(specs, {}, path).file_bytes for path, specs in self.shards)
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -1286,9 +1291,9 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     if not os.access(folder, os.W_OK):
         yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
     total, _, free = shutil.disk_usage(folder)
-    if plan.output_bytes > free and total:  # some systems of files do not tell: 0 of 0
+    if plan.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
         yield OutputError(
-            f"the disk is too full: the output needs {plan.output_bytes / 1e6:,.1f} MB, "
+            f"the disk is too full: the output needs {plan.file_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",
             where=where,
             fix="free some space, or write to another disk",

@@ -196,7 +196,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
             for component, steps in _by_component(plan).items()
         },
         "read_bytes": plan.read_bytes,
-        "output_bytes": plan.output_bytes,
+        "output_bytes": plan.file_bytes,
         "peak_bytes": plan.peak_bytes,
         "free_bytes": _free_bytes(plan),
         "warnings": list(plan.warnings),
@@ -279,7 +279,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         _row(table, component, *cells, size, dtypes, _forms_text(steps))
     _show_table(table)
     show_line(
-        f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.output_bytes)} "
+        f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.file_bytes)} "
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
     )
     show_line(f"output: {shown_path(plan.recipe.output_path)}")

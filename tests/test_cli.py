@@ -16,6 +16,7 @@ import click
 import pytest
 import torch
 from models import shrunk, write_model, write_tensors
+from safetensors import safe_open
 
 from ckptools import report, workflow
 from ckptools.cli import group, main, run
@@ -105,12 +106,27 @@ def test_version(capsys: Captured) -> None:
 # --- plan and explain --------------------------------------------------------------------------
 
 
+def test_a_planned_size_is_that_of_the_file_but_for_its_metadata(
+    recipe: Path, capsys: Captured
+) -> None:
+    assert run(["plan", str(recipe), "--json"]) == 0
+    planned = json_of(capsys, "plan")["output_bytes"]
+    assert run(["merge", str(recipe), "--json", "-q"]) == 0
+    written = json_of(capsys, "merge")["output_bytes"]
+
+    size = (recipe.parent / "out.safetensors").stat().st_size
+    with safe_open(recipe.parent / "out.safetensors", "pt") as opened:
+        metadata = json.dumps(opened.metadata())
+    assert written == size
+    assert 0 < size - planned < 2 * len(metadata)
+
+
 def test_plan_as_json_has_the_contract_s_keys(recipe: Path, capsys: Captured) -> None:
     assert run(["plan", str(recipe), "--json"]) == 0
 
     plan = json_of(capsys, "plan")
     assert plan["tensors"] == {"merged": 1130, "carried": 1, "copied": 0, "cast": 0}
-    assert plan["output_bytes"] == sum(part["bytes"] for part in plan["components"].values())
+    assert plan["output_bytes"] > sum(part["bytes"] for part in plan["components"].values())
     assert plan["read_bytes"] > plan["output_bytes"]
     assert plan["peak_bytes"] > 100_000_000
     assert plan["warnings"] == []

@@ -512,6 +512,29 @@ def test_a_dry_run_says_what_would_be_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("output", ["out.safetensors", "folder"])
+@pytest.mark.parametrize("options", [[], ["--shard-size", "1MB"]])
+def test_sizes_are_those_of_the_files(
+    sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, options: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    words = ["convert", str(sd1), str(tmp_path / "out" / output), "--json", *options]
+    assert run([*words, "--dry-run"]) == 0
+    planned = json_of(capsys)
+    assert run(words) == 0
+    done = json_of(capsys)
+
+    root = tmp_path / "out" / ("" if output.endswith(".safetensors") else output)
+    sizes = {
+        path.relative_to(root).as_posix(): path.stat().st_size
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+    assert planned["output_bytes"] == done["output_bytes"] == sum(sizes.values())
+    assert done["written"] == sizes
+    assert all(file["bytes"] == sizes[file["path"]] for file in planned["files"])
+
+
 def test_the_report_names_what_was_written(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,6 +316,12 @@ class _Planner:
     def _check_components(self, there: Sequence[str]) -> None:
         asked = [self.request.component] if self.request.component else []
         for component in asked:
+            if component == self.detection.kind:
+                raise UsageError(
+                    f"{self.request.source.name!r} is {kind_words(self.detection)} alone",
+                    where="--component",
+                    fix="leave it out",
+                )
             if component not in there:
                 raise UsageError(
                     f"there is no component {component!r} in it", fix=nearest(component, there)
@@ -360,8 +366,8 @@ class _Planner:
 
     def _folder(self, names: Mapping[str, str]) -> tuple[list[Written], Mapping[str, bytes]]:
         if self.map is None:
-            known = self.detection.family is not None
-            what = family_of(self.detection).title if known else kind_words(self.detection)
+            is_model = self.detection.kind == "checkpoint"
+            what = family_of(self.detection).title if is_model else kind_words(self.detection)
             raise InputError(
                 f"no diffusers folder can be made of this: it is {what} "
                 f"({'; '.join(self.detection.evidence[:2])})",

@@ -301,6 +301,7 @@ WRONG = [
     (["merge"], "Missing argument 'RECIPE'"),
     (["mereg", "r.yaml"], "no such command 'mereg': did you mean 'merge'?"),
     (["plan", "RECIPE", "--set", "M"], "'M' is not NAME=NUMBER"),
+    (["plan", "RECIPE", "--set", "M=1", "--set", "M=0"], "'M' is given twice"),
     (["plan", "RECIPE", "--set", "M=nan"], "'M=nan' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "=1"], "'=1' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "Q=1"], "unknown parameter 'Q'"),

@@ -383,6 +383,8 @@ def test_an_unknown_family_makes_no_folder(
         (["A.safetensors", "out", "--component", "vea"], "no component 'vea'"),
         (["A.safetensors", "out", "--dtype", "vea=fp16"], "no component 'vea'"),
         (["A.safetensors", "out", "--dtype", "int8"], "is not a dtype"),
+        (["A.safetensors", "out", "--dtype", "fp16", "--dtype", "bf16"], "two dtypes for all"),
+        (["A.safetensors", "out", "--dtype", "vae=fp16", "--dtype", "vae=bf16"], "two dtypes for"),
         (["A.safetensors", "out", "--shard-size", "5"], "is not a size"),
         (["A.safetensors", "out", "--config", "nowhere"], "no such folder"),
         (["A.safetensors", "out", "--config", "full"], "a folder without settings"),
@@ -510,6 +512,18 @@ def test_a_dry_run_says_what_would_be_written(
     assert "would write" in text
     assert "unet/diffusion_pytorch_model.safetensors  686 tensors" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_component_that_stands_alone_is_not_looked_for_in_itself(
+    sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = str(tmp_path / "vae.safetensors")
+    assert run(["convert", str(sd1), vae, "--component", "vae", "-q"]) == 0
+
+    assert run(["convert", vae, str(tmp_path / "x.safetensors"), "--component", "vae"]) == 2
+    assert "--component: 'vae.safetensors' is a VAE alone" in capsys.readouterr().err
+    assert run(["convert", vae, str(tmp_path / "folder")]) == 2
+    assert "no diffusers folder can be made of this: it is a VAE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["out.safetensors", "folder"])

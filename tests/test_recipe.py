@@ -429,7 +429,7 @@ def test_the_errors_of_a_recipe_are_shown_each_with_its_place() -> None:
 FOLLOW_UPS = [
     # (what is replaced in the recipe below, by what, the lines of the errors)
     ("models:", "modles:", [2]),
-    ("params:", "parms:", [4]),
+    ("params:", "Params:", [4]),
     ("let:", "lets:", [5]),
     ("merge:", "merg:", [6]),
     ("path: out", "pth: out", [9]),

@@ -16,6 +16,8 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     settings: dict[str, float] = {}
     for text in values:
         name, equals, number = text.partition("=")
+        if name in settings:
+            raise click.BadParameter(f"{name!r} is given twice")
         try:
             settings[name] = float(number)
         except ValueError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from ckptools.check import Check, Report, check_weights
 from ckptools.errors import CkptError, InputError, ManyErrors
-from ckptools.family import detect
+from ckptools.family import detect, kind_words
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import Progress, check_pins, planned
 
@@ -113,10 +113,10 @@ def check_recipe(
 
 
 def _refuse_adapters(checkpoint: Checkpoint) -> None:
-    kind = detect(checkpoint, checkpoint.metadata).kind
-    if kind not in ("checkpoint", "unknown", "unet", "vae", "text_encoder"):
+    detection = detect(checkpoint, checkpoint.metadata)
+    if detection.kind not in ("checkpoint", "unknown", "unet", "vae", "text_encoder"):
         raise InputError(
-            f"a {kind}, not a model",
+            f"this is {kind_words(detection)}, not a model",
             where=str(checkpoint.path),
             fix="check a model that it was baked into, or see `ckptools lora check`",
         )

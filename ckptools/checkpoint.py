@@ -16,7 +16,6 @@ import math
 import os
 import re
 import reprlib
-import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, Self
 
 from ckptools.errors import InputError, InvalidFileError, UnsafeError
+from ckptools.filetypes import SNIFF_BYTES, FileType, file_type, special_file
 from ckptools.hubref import shown
 from ckptools.tensors import DTYPES, TensorSpec
 
@@ -42,7 +42,6 @@ _VARIANT_INDEX = re.compile(
     r".*\.safetensors\.index\.[\w-]+\.json"
 )  # x.safetensors.index.fp16.json
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-_SNIFF_BYTES = 512
 _HASH_CHUNK = 1 << 20
 
 
@@ -105,7 +104,7 @@ def header_by(read: Callable[[int, int], bytes], size: int, path: Path) -> Heade
 
     size  of the whole file, in bytes
     """
-    head = read(min(size, _SNIFF_BYTES), 0)
+    head = read(min(size, SNIFF_BYTES), 0)
     if size < 8:
         diagnosis = _diagnose(head, path)
         raise diagnosis or _invalid(path, f"only {size} bytes, too small for a header", _AGAIN)
@@ -152,8 +151,9 @@ _AGAIN = "download or copy the file again"
 
 def _regular_size(stream: Descriptor, path: Path) -> int:
     info = os.fstat(stream.fileno())
-    if not stat.S_ISREG(info.st_mode):
-        raise InputError("not a regular file", where=str(path), fix="give a .safetensors file")
+    special = special_file(info.st_mode)
+    if special is not None:
+        raise InputError(special.what, where=str(path), fix=special.fix)
     return info.st_size
 
 
@@ -165,9 +165,14 @@ def _bad_length(path: Path, length: int, size: int) -> InvalidFileError:
     if length == 0:
         return _invalid(path, "the header is empty (length 0)")
     if length > MAX_HEADER_BYTES:
-        return _invalid(
-            path, f"not a safetensors file: it claims a header of {length:,} bytes (limit 100 MB)"
-        )
+        if length > size:
+            return _invalid(
+                path,
+                "not a safetensors file, nor one of another known kind (it would have a header of "
+                f"{length:,} bytes; limit 100 MB)",
+                "give a .safetensors, .ckpt, .pt or .bin file of a model",
+            )
+        return _invalid(path, f"the header is too long: {length:,} bytes (limit 100 MB)")
     return _invalid(
         path,
         f"truncated inside the header: it needs {length + 8:,} bytes, the file has {size:,}",
@@ -176,51 +181,8 @@ def _bad_length(path: Path, length: int, size: int) -> InvalidFileError:
 
 def _diagnose(head: bytes, path: Path) -> InvalidFileError | None:
     """What a file that is not safetensors really is, told from its first bytes."""
-    if not head:
-        return _invalid(path, "the file is empty (0 bytes)")
-    if head.startswith(b"version https://git-lfs"):
-        text = head.decode("utf-8", "replace")
-        oid = re.search(r"oid sha256:([0-9a-f]{64})", text)
-        size = re.search(r"size (\d+)", text)
-        return _invalid(
-            path,
-            "a Git LFS pointer, not the weights"
-            + (f" (sha256 {oid[1][:12]}…" if oid else " (")
-            + (f", {int(size[1]):,} bytes)" if size else ")"),
-            "run `git lfs pull`, or download the file itself",
-        )
-    stripped = head.lstrip().lower()
-    if stripped.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return _invalid(
-            path,
-            "an HTML page, not a model (the download got an error or log-in page)",
-            "download it again, logged in where the site asks for it",
-        )
-    if head.startswith(b"PK"):
-        return _invalid(
-            path,
-            "a zip archive: most likely a PyTorch pickle (.ckpt, .pt, .bin), not safetensors",
-            "give the file itself: pickles are read as models, not as outputs or shards",
-        )
-    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return _invalid(
-            path,
-            "a Python pickle (an old .ckpt or .pt), not safetensors",
-            "give the file itself: pickles are read as models, not as outputs or shards",
-        )
-    if head.startswith(b"GGUF"):
-        return _invalid(
-            path, "a GGUF file (quantised), not safetensors", "use the unquantised file"
-        )
-    if head.startswith(b"\x1f\x8b"):
-        return _invalid(path, "a gzip archive, not safetensors", "unpack it first")
-    if b"\x00" * len(head) == head:
-        return _invalid(path, "the file begins with zeros only (an unfinished download)")
-    if stripped.startswith((b"{", b"[")):
-        return _invalid(
-            path, "a JSON file, not safetensors", "give the weights, or the *.index.json of shards"
-        )
-    return None
+    found = file_type(head)
+    return _invalid(path, found.what, found.fix) if found else None
 
 
 _REPR = reprlib.Repr()
@@ -392,10 +354,20 @@ def open_file(path: Path) -> Descriptor:
     except FileNotFoundError as exc:
         raise InputError("no such file", where=str(path), fix=_similar_files(path)) from exc
     except (OSError, ValueError) as exc:  # ValueError: a path with a NUL in it
+        special = _special(path)
+        if special is not None:  # a socket cannot even be opened
+            raise InputError(special.what, where=str(path), fix=special.fix) from exc
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise InputError(
             f"cannot be opened: {reason}", where=str(path), fix="check the path"
         ) from exc
+
+
+def _special(path: Path) -> FileType | None:
+    try:
+        return special_file(path.stat().st_mode)
+    except (OSError, ValueError):
+        return None
 
 
 def _similar_files(path: Path) -> str:
@@ -759,13 +731,11 @@ def _gather(
 
 
 def open_safetensors(path: Path) -> Checkpoint:
-    """Open a `.safetensors` file, a `*.index.json` of shards, or a folder that holds one of them.
+    """Open a `.safetensors` file, or a `*.index.json` of shards.
 
     Reads headers only. Raises `InputError`, `InvalidFileError`, or `UnsafeError` for an index
     whose paths leave its folder.
     """
-    if _is_folder(path):
-        path = _weights_in(path)
     if is_index(path.name):
         return open_index(path)
     return Checkpoint(path, [source_file_of(path)])
@@ -805,7 +775,8 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder that may be looked into."""
     try:
         return path.is_dir()
     except OSError:  # no right to look: opening it tells why
@@ -819,18 +790,29 @@ def source_file_of(path: Path) -> SourceFile:
         return SourceFile(path, header, Identity.of(stream.fileno()))
 
 
-def _weights_in(folder: Path) -> Path:
-    indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
-    candidates = indexes or sorted(folder.glob("*.safetensors"))
+def weights_in(folder: Path) -> Path:
+    """The one file of weights in a folder, or the index of its shards.
+
+    Raises `InputError` where there is none, or no telling which.
+    """
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as exc:
+        raise InputError(f"cannot be opened: {exc.strerror}", where=str(folder)) from exc
+    candidates = [item for item in there if item.name.endswith(_INDEX_SUFFIX)]
+    for suffixes in ((".safetensors",), _MODEL_SUFFIXES):
+        candidates = candidates or [item for item in there if item.suffix in suffixes]
     if len(candidates) == 1:
         return candidates[0]
     names = ", ".join(item.name for item in candidates[:8])
     raise InputError(
         f"a folder with {len(candidates)} candidate files"
         if candidates
-        else "a folder without weights",
+        else "a folder without models",
         where=str(folder),
-        fix=f"give one of them: {names}" if candidates else "give a .safetensors file",
+        fix=f"give one of them: {names}"
+        if candidates
+        else "give a file, or the folder that it is in",
     )
 
 

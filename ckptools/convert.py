@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from ckptools.checkpoint import Checkpoint
 from ckptools.convert_settings import Wanted, settings_of
-from ckptools.errors import InputError, NonFiniteError, OutputError, UsageError, nearest
-from ckptools.family import Detection, Family, detect, family_of
+from ckptools.errors import InputError, NonFiniteError, OutputError, UsageError, closest, nearest
+from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.folders import MAIN_COMPONENTS, SIDE_FILE, as_folder, is_diffusers_folder, renamed
 from ckptools.keymap import KeyMap, key_map, key_map_ids
 from ckptools.manifest import (
@@ -59,6 +60,7 @@ KEEP = "keep"
 CONVERSION_KEY = "ckptools.conversion"
 
 _SHARD_BYTES = 10_000_000_000  # diffusers 0.42, `ModelMixin.save_pretrained`, max_shard_size
+_FILE_SUFFIXES = {".json", ".yaml", ".yml", ".gguf", ".zip", ".part"}
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _EMA = "model_ema."
 _LEFTOVERS = (
@@ -113,6 +115,11 @@ class Request:
                 f"the output {self.output.name!r} does not end in .safetensors",
                 fix=f"write {self.output.name + '.safetensors'!r}",
             )
+        if suffix in _FILE_SUFFIXES or closest(suffix, [".safetensors"]):
+            raise UsageError(
+                f"{self.output.name!r} looks like the name of a file",
+                fix=f"write {self.output.with_suffix('.safetensors').name!r}, or name a folder",
+            )
         return "diffusers"
 
 
@@ -158,6 +165,24 @@ class Conversion:
     def output_bytes(self) -> int:
         """Bytes of tensor data to write."""
         return sum(s.nbytes for file in self.written for s, _ in file.programs.values())
+
+    @cached_property
+    def files(self) -> Mapping[str, int]:
+        """Path below the output's folder → size of the file, headers included."""
+        layouts = [
+            lay_out([spec for spec, _ in file.programs.values()], file.metadata, file.path)
+            for file in self.written
+        ]
+        small = {Path(path): len(data) for path, data in self.settings.items()}
+        for shards in _sharded(layouts):
+            small[index_path(_unsharded(shards[0].path))] = len(index_document(shards))
+        sizes = {layout.path: layout.file_bytes for layout in layouts} | small
+        return {path.as_posix(): nbytes for path, nbytes in sizes.items()}
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())
 
     def close(self) -> None:
         """Close the source and every view of it."""
@@ -293,6 +318,12 @@ class _Planner:
     def _check_components(self, there: Sequence[str]) -> None:
         asked = [self.request.component] if self.request.component else []
         for component in asked:
+            if component == self.detection.kind:
+                raise UsageError(
+                    f"{self.request.source.name!r} is {kind_words(self.detection)} alone",
+                    where="--component",
+                    fix="leave it out",
+                )
             if component not in there:
                 raise UsageError(
                     f"there is no component {component!r} in it", fix=nearest(component, there)
@@ -337,11 +368,13 @@ class _Planner:
 
     def _folder(self, names: Mapping[str, str]) -> tuple[list[Written], Mapping[str, bytes]]:
         if self.map is None:
+            is_model = self.detection.kind == "checkpoint"
+            what = family_of(self.detection).title if is_model else kind_words(self.detection)
             raise InputError(
-                "no diffusers folder can be made of it: its family is not known "
+                f"no diffusers folder can be made of this: it is {what} "
                 f"({'; '.join(self.detection.evidence[:2])})",
                 where=str(self.request.source),
-                fix=f"a model of one of these families: {', '.join(key_map_ids())}; "
+                fix=f"give a model of one of these families: {', '.join(key_map_ids())}; "
                 "or write a .safetensors file",
             )
         view = renamed(self.checkpoint, names)
@@ -498,10 +531,10 @@ def _check_space(conversion: Conversion) -> None:
     folder = existing_folder(conversion.request.output.absolute().parent)
     if not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is not a folder", fix="write somewhere else")
-    free = shutil.disk_usage(folder).free
-    if conversion.output_bytes > free:
+    total, _, free = shutil.disk_usage(folder)
+    if conversion.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
         raise OutputError(
-            f"the disk is too full: the output needs {conversion.output_bytes / 1e6:,.1f} MB, "
+            f"the disk is too full: the output needs {conversion.file_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",
             where=str(conversion.request.output),
             fix="free some space, or write to another disk",

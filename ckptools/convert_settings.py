@@ -79,6 +79,12 @@ def settings_of(wanted: Wanted) -> tuple[dict[str, bytes], list[str]]:
     folders = [folder for folder in (wanted.config, wanted.source, shipped) if folder is not None]
     if wanted.config is not None and not wanted.config.is_dir():
         raise InputError("no such folder", where=str(wanted.config), fix="check --config")
+    if wanted.config is not None and not _has_settings(wanted.config):
+        raise InputError(
+            "a folder without settings: neither model_index.json nor a component's config.json",
+            where=str(wanted.config),
+            fix="give a diffusers folder with --config; weights are not needed",
+        )
     if wanted.alone:
         config = _config(wanted.alone, folders, derived, wanted)
         return ({"config.json": _text(config)} if config else {}), notes
@@ -106,6 +112,11 @@ def settings_of(wanted: Wanted) -> tuple[dict[str, bytes], list[str]]:
             "that with --config"
         )
     return made, notes
+
+
+def _has_settings(folder: Path) -> bool:
+    names = ("model_index.json", "config.json", "*/config.json", "*/*_config.json")
+    return any(True for name in names for _ in folder.glob(name))
 
 
 def _derived(wanted: Wanted, notes: list[str]) -> tuple[dict[str, Json], Path | None]:

@@ -138,10 +138,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     "did you mean 'models'?"
     """
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1)
+    close = closest(word, words)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {close!r}?"
     return f"known: {', '.join(words)}" if words else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` may be a slip of; "" where none is near."""
+    words = sorted(known)
+    other_case = [each for each in words if each.casefold() == word.casefold()]
+    return next(iter(other_case or difflib.get_close_matches(word, words, n=1)), "")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:

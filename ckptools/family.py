@@ -277,6 +277,27 @@ class Detection:
     rejected: tuple[Rejection, ...]
 
 
+_KIND_WORDS = {
+    "lora": "an adapter (LoRA)",
+    "embedding": "an embedding",
+    "hypernetwork": "a hypernetwork",
+    "ip_adapter": "an IP-Adapter",
+    "t2i_adapter": "a T2I-Adapter",
+    "motion_module": "a motion module",
+    "checkpoint": "a whole model",
+    "controlnet": "a ControlNet",
+    "vae": "a VAE",
+    "text_encoder": "a text encoder",
+    "language_model": "a language model",
+    "unknown": "a file of no known kind",
+}
+
+
+def kind_words(detection: Detection) -> str:
+    """The kind of a file as a message names it: "an adapter (LoRA)"."""
+    return _KIND_WORDS[detection.kind]
+
+
 def family_of(detection: Detection) -> Family:
     """The family of a detected file, `UNKNOWN` where it has none."""
     return load_families()[detection.family] if detection.family else UNKNOWN

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from ckptools.errors import RecipeError, nearest
+from ckptools.errors import CkptError, RecipeError, closest, nearest, raise_all
 from ckptools.methods import Method
 
 Kind = Literal["weights", "delta", "scalar"]
@@ -190,8 +190,16 @@ class _Builder:
             case ast.BinOp(op=operator) if type(operator) in _OPERATORS:
                 left, right = self.build(node.left), self.build(node.right)
                 return Binary(_OPERATORS[type(operator)], left, right, column)
-            case ast.BinOp(op=ast.Pow()):
-                raise self._error("`**` is not part of formulas", node, "only + - * / and methods")
+            case ast.BinOp(left=left, right=right):
+                sign, at = self._between(left, right)
+                raise self._error_at(
+                    f"`{sign}` is not part of formulas", at, "only + - * / and methods"
+                )
+            case ast.Tuple(elts=[first, second, *_]):
+                _, at = self._between(first, second)
+                raise self._error_at(
+                    "`,` is not part of formulas", at, "a decimal has a point: 0.5"
+                )
             case ast.Call(func=ast.Name(id=name)):
                 return self._call(name, node)
         raise self._error(
@@ -226,8 +234,20 @@ class _Builder:
         prefix = self._text.lstrip().encode()[: node.col_offset]
         return self._indent + len(prefix.decode("utf-8", "ignore")) + 1
 
+    def _between(self, left: ast.expr, right: ast.expr) -> tuple[str, int]:
+        """The sign between two parts, and its column."""
+        flat = self._text.lstrip().encode()
+        begin = left.end_col_offset or 0
+        gap = flat[begin : right.col_offset].decode("utf-8", "ignore")
+        sign = gap.strip(" ()")
+        before = flat[:begin].decode("utf-8", "ignore")
+        return sign, self._indent + len(before) + gap.find(sign) + 1
+
     def _error(self, what: str, node: ast.expr, fix: str = "") -> RecipeError:
-        return _error(self._text, what, self._column(node), where=self._where, fix=fix)
+        return self._error_at(what, self._column(node), fix)
+
+    def _error_at(self, what: str, column: int, fix: str = "") -> RecipeError:
+        return _error(self._text, what, column, where=self._where, fix=fix)
 
 
 def names_in(expr: Expr) -> Iterator[Name]:
@@ -269,7 +289,9 @@ class _Typed:
 class Scope:
     """The names a formula may use: models, parameters, and earlier `let` formulas.
 
-    types  what `check_formula` found out about the `let`s so far
+    types    what `check_formula` found out about the `let`s so far
+    told     names whose own mistake is told already: what uses them is not to blame
+    is_open  whether there may be more names, for a list of them could not be read
     """
 
     models: frozenset[str]
@@ -277,28 +299,67 @@ class Scope:
     lets: Mapping[str, Formula]
     methods: Mapping[str, Method]
     types: dict[str, _Typed] = field(default_factory=dict, compare=False, repr=False)
+    told: frozenset[str] = frozenset()
+    is_open: bool = False
 
     @property
     def names(self) -> list[str]:
         """All names in scope."""
         return sorted({*self.models, *self.params, *self.lets})
 
+    def lacks(self, name: str) -> bool:
+        """Whether a name is a mistake, and not one that is told already."""
+        return not (
+            self.is_open
+            or name in self.told
+            or name in self.models
+            or name in self.lets
+            or name in self.params
+        )
 
-def check_formula(formula: Formula, scope: Scope) -> Kind:
-    """The type of a formula: "weights", "delta" or "scalar".
+
+def check_formula(formula: Formula, scope: Scope) -> Kind | None:
+    """The type of a formula: "weights", "delta" or "scalar"; None where a name's mistake hides it.
 
     B - C is a delta and A + delta is weights, because of what their coefficients add up to:
     a difference whose coefficients always add up to 0 is a delta, anything else is weights.
-    Raises `RecipeError` with the column of an unknown name or an operation without meaning.
+    Raises `RecipeError`, or `ManyErrors`, with the column of every unknown name and of every
+    operation without meaning.
     """
-    return _Checker(formula, scope).typed(formula.tree).kind
+    checker = _Checker(formula, scope)
+    found = checker.typed(formula.tree)
+    raise_all(checker.errors)
+    return found.kind if found is not None else None
+
+
+def unknown_name(formula: Formula, name: Name, scope: Scope) -> RecipeError:
+    """The error of a name that is not in scope."""
+    if name.id in scope.methods:
+        return formula.error(
+            f"{name.id!r} is a method", name.column, f"call it: {usage(scope.methods[name.id])}"
+        )
+    odd = next((char for char in name.id if not char.isascii()), "")
+    fix = nearest(name.id, scope.names)
+    if not closest(name.id, scope.names):
+        fix = f"{fix}; numbers of your own go into `params:`".removeprefix("; ")
+    return formula.error(
+        f"unknown name {name.id!r}" + (f", with a {_character(odd)}" if odd else ""),
+        name.column,
+        fix,
+    )
 
 
 class _Checker:
+    """Types a formula; what is wrong is gathered, and what hangs on it has no type (None)."""
+
     def __init__(self, formula: Formula, scope: Scope) -> None:
         self._formula, self._scope = formula, scope
+        self.errors: list[CkptError] = []
 
-    def typed(self, expr: Expr) -> _Typed:
+    def _error(self, what: str, column: int, fix: str = "") -> None:
+        self.errors.append(self._formula.error(what, column, fix))
+
+    def typed(self, expr: Expr) -> _Typed | None:
         match expr:
             case Number(value=value):
                 return _Typed("scalar", (value,) * _PROBES)
@@ -311,7 +372,7 @@ class _Checker:
             case Binary():
                 return self._sum(expr)
 
-    def _name(self, expr: Name) -> _Typed:
+    def _name(self, expr: Name) -> _Typed | None:
         scope = self._scope
         if expr.id in scope.models:
             return _Typed("weights", (1.0,) * _PROBES)
@@ -319,108 +380,141 @@ class _Checker:
             return self._let(expr.id)
         if expr.id in scope.params:
             return _Typed("scalar", tuple(_probe(expr.id, n) for n in range(_PROBES)))
-        if expr.id in scope.methods:
-            raise self._formula.error(
-                f"{expr.id!r} is a method", expr.column, f"call it: {usage(scope.methods[expr.id])}"
-            )
-        odd = next((char for char in expr.id if not char.isascii()), "")
-        raise self._formula.error(
-            f"unknown name {expr.id!r}" + (f", with a {_character(odd)}" if odd else ""),
-            expr.column,
-            nearest(expr.id, scope.names),
-        )
+        if scope.lacks(expr.id):
+            self.errors.append(unknown_name(self._formula, expr, scope))
+        return None
 
-    def _let(self, name: str) -> _Typed:
+    def _let(self, name: str) -> _Typed | None:
         """Typed once each: lets that use lets would double the work at every step."""
         memo = self._scope.types
         if name not in memo:
             formula = self._scope.lets[name]
-            memo[name] = _Checker(formula, self._scope).typed(formula.tree)
+            found = _Checker(formula, self._scope).typed(formula.tree)
+            if found is None:
+                return None
+            memo[name] = found
         return memo[name]
 
-    def _product(self, expr: Binary) -> _Typed:
+    def _product(self, expr: Binary) -> _Typed | None:
         left, right = self.typed(expr.left), self.typed(expr.right)
+        if left is None or right is None:
+            return None
         if expr.op == "/":
             if right.kind != "scalar":
-                raise self._formula.error(
+                self._error(
                     f"cannot divide by {right.kind}", expr.right.column, "divide by a number"
                 )
+                return None
             if any(value == 0 for value in right.sums):
-                raise self._formula.error("division by zero", expr.right.column)
+                self._error("division by zero", expr.right.column)
+                return None
             return _Typed(left.kind, _each(left, right, lambda x, y: x / y))
         if "scalar" not in (left.kind, right.kind):
-            raise self._formula.error(
+            self._error(
                 f"cannot multiply {left.kind} by {right.kind}",
                 expr.right.column,
                 "multiply a model by a number, or mix: A * (1 - M) + B * M",
             )
+            return None
         kind = left.kind if right.kind == "scalar" else right.kind
         return _Typed(kind, _each(left, right, lambda x, y: x * y))
 
-    def _sum(self, expr: Binary) -> _Typed:
+    def _sum(self, expr: Binary) -> _Typed | None:
         left, right = self.typed(expr.left), self.typed(expr.right)
+        if left is None or right is None:
+            return None
         sign = 1 if expr.op == "+" else -1
         sums = _each(left, right, lambda x, y: x + sign * y)
         if left.kind == right.kind == "scalar":
             return _Typed("scalar", sums)
         if "scalar" in (left.kind, right.kind):
             other = right.kind if left.kind == "scalar" else left.kind
-            raise self._formula.error(
+            self._error(
                 f"cannot {'add' if sign > 0 else 'subtract'} a number and {other}",
                 expr.right.column,
                 "multiply by numbers; add and subtract models",
             )
+            return None
         zero = all(abs(total) < 1e-9 for total in sums)
         return _Typed("delta" if zero else "weights", sums)
 
-    def _bake(self, expr: Call) -> _Typed:
-        bake = bind_bake(expr, self._formula)
+    def _bake(self, expr: Call) -> _Typed | None:
+        try:
+            bake = bind_bake(expr, self._formula)
+        except RecipeError as exc:
+            self._failed_call(expr, exc)
+            return None
         model, weight = self.typed(bake.model), self.typed(bake.weight)
-        if model.kind != "weights":
-            raise self._formula.error(
+        if model is not None and model.kind != "weights":
+            self._error(
                 f"bake: an adapter goes into a model, not into a {model.kind}",
                 bake.model.column,
                 BAKE_USAGE,
             )
-        if weight.kind != "scalar":
-            raise self._formula.error(
-                "bake: weight must be a number", bake.weight.column, "such as weight=0.8"
-            )
-        if not isinstance(bake.adapter, Name) or bake.adapter.id not in self._scope.models:
-            known = nearest(getattr(bake.adapter, "id", ""), sorted(self._scope.models))
-            raise self._formula.error(
-                "bake: the adapter must be a name of `models:`", bake.adapter.column, known
-            )
+            model = None
+        if weight is not None and weight.kind != "scalar":
+            self._error("bake: weight must be a number", bake.weight.column, "such as weight=0.8")
+        self._check_adapter(bake.adapter)
         return model
 
-    def _call(self, expr: Call) -> _Typed:
+    def _check_adapter(self, adapter: Expr) -> None:
+        scope = self._scope
+        name = adapter.id if isinstance(adapter, Name) else ""
+        if name in scope.models or (name and (scope.is_open or name in scope.told)):
+            return
+        self._error(
+            "bake: the adapter must be a name of `models:`",
+            adapter.column,
+            nearest(name, sorted(scope.models)),
+        )
+
+    def _failed_call(self, expr: Call, error: RecipeError) -> None:
+        """A call that cannot be: what is wrong with its arguments is told all the same."""
+        self.errors.append(error)
+        for part in (*expr.args, *(value for _, value in expr.keywords)):
+            self.typed(part)
+
+    def _call(self, expr: Call) -> _Typed | None:
         if expr.method == BAKE:
             return self._bake(expr)
         method = self._scope.methods.get(expr.method)
-        if method is None:
-            if expr.method in self._scope.names:
-                raise self._formula.error(
-                    f"{expr.method!r} is not a method", expr.column, f"write {expr.method} * (…)"
-                )
-            raise self._formula.error(
-                f"unknown method {expr.method!r}",
-                expr.column,
-                nearest(expr.method, [*self._scope.methods, BAKE]),
-            )
-        bound = bind(expr, method, self._formula)
+        try:
+            if method is None:
+                raise self._no_method(expr)
+            bound = bind(expr, method, self._formula)
+        except RecipeError as exc:
+            self._failed_call(expr, exc)
+            return None
         for name, value in (*bound.models, *bound.scalars):
-            wanted = "scalar" if name in method.scalars else "weights"
-            found = self.typed(value).kind
-            if found != wanted:
-                noun = {"scalar": "a number", "weights": "a model", "delta": "a difference"}
-                raise self._formula.error(
-                    f"{expr.method}: {name!r} is {noun[found]}, it must be {noun[wanted]}",
-                    value.column,
-                    f"{usage(method)}",
-                )
-            if isinstance(value, Number):
-                _check_bounds(method, name, value.value, self._formula, value.column)
+            self._check_argument(method, name, value)
         return _Typed("weights", (1.0,) * _PROBES)
+
+    def _no_method(self, expr: Call) -> RecipeError:
+        if expr.method in self._scope.names:
+            return self._formula.error(
+                f"{expr.method!r} is not a method", expr.column, f"write {expr.method} * (…)"
+            )
+        return self._formula.error(
+            f"unknown method {expr.method!r}",
+            expr.column,
+            nearest(expr.method, [*self._scope.methods, BAKE]),
+        )
+
+    def _check_argument(self, method: Method, name: str, value: Expr) -> None:
+        wanted = "scalar" if name in method.scalars else "weights"
+        found = self.typed(value)
+        if found is not None and found.kind != wanted:
+            noun = {"scalar": "a number", "weights": "a model", "delta": "a difference"}
+            self._error(
+                f"{method.name}: {name!r} is {noun[found.kind]}, it must be {noun[wanted]}",
+                value.column,
+                usage(method),
+            )
+        elif isinstance(value, Number):
+            try:
+                _check_bounds(method, name, value.value, self._formula, value.column)
+            except RecipeError as exc:
+                self.errors.append(exc)
 
 
 def _each(
@@ -551,7 +645,8 @@ def base_model(formula: Formula, scope: Scope) -> str:
                 models = bind(expr, method, formula).models
                 return find(next(value for name, value in models if name == method.anchor))
             case Binary(left=left, right=right):
-                return find(left if checker.typed(left).kind == "weights" else right)
+                is_model = (typed := checker.typed(left)) is not None and typed.kind == "weights"
+                return find(left if is_model else right)
         raise formula.error("the formula names no model", expr.column)
 
     def find_let(name: str) -> str:
@@ -883,7 +978,8 @@ def model_roles(formula: Formula, scope: Scope) -> tuple[Role, ...]:
 
 def is_scalar(expr: Expr, scope: Scope) -> bool:
     """Whether an expression that passed `check_formula` is a number."""
-    return _Checker(Formula("", expr), scope).typed(expr).kind == "scalar"
+    typed = _Checker(Formula("", expr), scope).typed(expr)
+    return typed is not None and typed.kind == "scalar"
 
 
 def used_names(formula: Formula, scope: Scope) -> Iterable[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.errors import InputError, UsageError
-from ckptools.family import Detection, Family, detect, family_of
+from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.hashing import Progress, Silent, hash_source
 from ckptools.lora.group import PEFT_CONFIG
 from ckptools.sources import open_checkpoint
@@ -174,7 +174,7 @@ def _open(path: Path, stack: ExitStack) -> _Model:
     detection = detect(checkpoint, checkpoint.metadata)
     if detection.kind in ("lora", "embedding"):
         raise InputError(
-            f"this is a {detection.kind}, not a model",
+            f"this is {kind_words(detection)}, not a model",
             where=str(path),
             fix=f"ask whether it suits a model: ckptools kinship MODEL --for {path.name}",
         )

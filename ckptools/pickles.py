@@ -1392,8 +1392,8 @@ def open_pickle(path: Path) -> Checkpoint:
         head = stream.read(min(size, _SNIFF_BYTES), 0)
         if _is_tar(head):
             raise _invalid(
-                path, "a tar archive: the format of torch before 0.1.10, which is not read",
-                f"{_SAFETENSORS}; do not load it with torch, tar files can run code",
+                path, "a tar archive, which is not read (torch before 0.1.10 wrote models so)",
+                "unpack it, if it holds a model; do not load it with torch, tar files can run code",
             )  # fmt: skip
         read = _read_zip if head.startswith(_ZIP) else _read_legacy
         contents = read(stream, size, path)

@@ -36,7 +36,7 @@ from ckptools.errors import (
     nearest,
     raise_all,
 )
-from ckptools.family import UNKNOWN, Detection, Family, detect, family_of
+from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, kind_words
 from ckptools.formula import (
     AdapterDelta,
     Applied,
@@ -77,7 +77,7 @@ from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.writer import index_path, shard_paths, split_shards
+from ckptools.writer import index_path, lay_out, shard_paths, split_shards
 
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
@@ -198,8 +198,13 @@ class Plan:
 
     @cached_property
     def output_bytes(self) -> int:
-        """Bytes of tensor data that will be written (headers come on top)."""
+        """Bytes of tensor data that will be written (headers come on top: `file_bytes`)."""
         return sum(step.spec.nbytes for step in self.steps)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Size of the files that will be written, headers included but for their metadata."""
+        return sum(lay_out(specs, {}, path).file_bytes for path, specs in self.shards)
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -396,7 +401,7 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
-                f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
+                f"this is {kind_words(detection)}, not an adapter",
                 fix="bake() takes a model and an adapter",
             )
         config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
@@ -411,9 +416,10 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
 def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     detection = detect(checkpoint, checkpoint.metadata)
     if detection.kind in _ADAPTER_KINDS:
-        noun = {"lora": "an adapter (LoRA)", "embedding": "an embedding"}[detection.kind]
         checkpoint.close()
-        raise InputError(f"this is {noun}, not weights", fix="a formula needs whole models")
+        raise InputError(
+            f"this is {kind_words(detection)}, not weights", fix="a formula needs whole models"
+        )
     canonical = usual_names(checkpoint, detection)
     names: dict[str, str] = {}
     doubles: list[tuple[str, str]] = []
@@ -1291,10 +1297,10 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
         return
     if not os.access(folder, os.W_OK):
         yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
-    free = shutil.disk_usage(folder).free
-    if plan.output_bytes > free:
+    total, _, free = shutil.disk_usage(folder)
+    if plan.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
         yield OutputError(
-            f"the disk is too full: the output needs {plan.output_bytes / 1e6:,.1f} MB, "
+            f"the disk is too full: the output needs {plan.file_bytes / 1e6:,.1f} MB, "
             f"{free / 1e6:,.1f} MB are free",
             where=where,
             fix="free some space, or write to another disk",

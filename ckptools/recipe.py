@@ -20,7 +20,16 @@ from typing import TypeVar
 
 import yaml
 
-from ckptools.errors import CkptError, RecipeError, UsageError, nearest, raise_all
+from ckptools.errors import (
+    CkptError,
+    ManyErrors,
+    RecipeError,
+    UsageError,
+    closest,
+    nearest,
+    raise_all,
+)
+from ckptools.filetypes import SNIFF_BYTES, file_type
 from ckptools.formula import (
     BAKE,
     Call,
@@ -31,6 +40,7 @@ from ckptools.formula import (
     check_formula,
     names_in,
     parse_formula,
+    unknown_name,
 )
 from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.lora.dora import Reading
@@ -414,14 +424,49 @@ def recipe_schema() -> dict[str, object]:
 # --- YAML nodes --------------------------------------------------------------------------------
 
 T = TypeVar("T")
+_NAMING = ("models", "params", "let")  # the sections whose keys are names in formulas
 
 
 class _Reader:
-    """Reads typed values off YAML nodes, collecting every error with its line."""
+    """Reads typed values off YAML nodes, collecting every error with its line.
+
+    One mistake is told once: what follows from it is no mistake of its own.
+
+    told     names that stand in the recipe, but not as they must: what uses them is not to blame
+    is_open  whether a list of names could not be read, so that no name is known to be unknown
+    unknown  name -> an error at every place where it is used
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.errors: list[CkptError] = []
+        self.told: set[str] = set()
+        self.is_open = False
+        self.unknown: dict[str, list[CkptError]] = {}
+
+    def lacks(self, name: str, names: Collection[str]) -> bool:
+        """Whether a name is a mistake, and not one that is told already."""
+        return name not in names and name not in self.told and not self.is_open
+
+    def not_found(self, node: yaml.Node, name: str, what: str, known: Collection[str]) -> None:
+        """A name that stands for nothing."""
+        fix = nearest(name, known) or "the recipe has no `params:`"
+        error = RecipeError(what, where=self.where(node), fix=fix)
+        self.unknown.setdefault(name, []).append(error)
+
+    def all_errors(self) -> list[CkptError]:
+        """Every mistake, by line: as one mends them. An unknown name is one, however often used."""
+        errors = [*self.errors]
+        for places in self.unknown.values():
+            first, *others = sorted(places, key=_line)
+            lines = sorted({_line(other) for other in others} - {_line(first)})
+            if lines:
+                noun = "line" if len(lines) == 1 else "lines"
+                fact, newline, shown = first.what.partition("\n")
+                also = f"(in {noun} {', '.join(map(str, lines))} too)"
+                first.what = f"{fact} {also}{newline}{shown}"
+            errors.append(first)
+        return sorted(errors, key=_line)
 
     def where(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
@@ -442,6 +487,9 @@ class _Reader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.error(key, f"a key of {what} must be plain text", "write `name: value`")
+            elif _is_null(value) and (slip := _slip(key.value)):
+                self.told.add(key.value.partition(":")[0])
+                self.error(key, f"{key.value!r} in {what} has no value", slip)
             elif key.value in found:
                 first = found[key.value][0].start_mark.line + 1
                 self.error(
@@ -454,16 +502,24 @@ class _Reader:
         return found
 
     def known(self, node: yaml.Node, what: str, keys: Mapping[str, Key]) -> dict[str, yaml.Node]:
-        """A mapping that may hold only `keys`, with the required ones present."""
+        """A mapping that may hold only `keys`, with the required ones present.
+
+        Where one of these is misspelt, that is told, and it is read as what it was meant to be.
+        """
         found = self.mapping(node, what)
-        for name, (key, _) in found.items():
-            if name not in keys:
-                self.error(key, f"unknown key {name!r} in {what}", nearest(name, keys))
+        there = {name: value for name, (_, value) in found.items() if name in keys}
+        for name, (key, value) in found.items():
+            if name in keys:
+                continue
+            self.error(key, f"unknown key {name!r} in {what}", nearest(name, keys))
+            meant = closest(name, keys)
+            if meant and (keys[meant].required or meant in _NAMING):
+                there.setdefault(meant, value)
         if isinstance(node, yaml.MappingNode):
             for name, row in keys.items():
-                if row.required and name not in found:
+                if row.required and name not in there:
                     self.error(node, f"{what} has no {name!r}", f"add `{name}:` ({row.text})")
-        return {name: value for name, (_, value) in found.items() if name in keys}
+        return there
 
     def text(self, node: yaml.Node, what: str) -> str | None:
         if not isinstance(node, yaml.ScalarNode) or _is_null(node) or not node.value.strip():
@@ -504,12 +560,29 @@ class _Reader:
         return word in _TRUE
 
     def attempt(self, action: Callable[[], T]) -> T | None:
-        """The action's result, or None with its error collected."""
+        """The action's result, or None with its errors collected."""
         try:
             return action()
         except CkptError as exc:
-            self.errors.append(exc)
+            self.errors += exc.errors if isinstance(exc, ManyErrors) else [exc]
             return None
+
+
+def _line(error: CkptError) -> int:
+    """The line that an error's place names; 0 where it names none."""
+    found = re.search(r":(\d+)(?:$|:\d+$|, column)", error.where)
+    return int(found[1]) if found else 0
+
+
+_SHOWN_CHARS = 60
+
+
+def _slip(key: str) -> str:
+    """What was meant by a key that stands alone in braces, where that can be guessed."""
+    name, colon, value = key.partition(":")
+    if colon and name and value:
+        return f"put a space after the colon: `{name}: {value}`"
+    return "a decimal has a point: 0.5" if key.isdecimal() else ""
 
 
 def _is_null(node: yaml.Node) -> bool:
@@ -525,7 +598,10 @@ def _shape(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return repr(node.value) if not _is_null(node) else "empty"
+    if _is_null(node):
+        return "empty"
+    text = str(node.value)
+    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…")
 
 
 _QUOTE_GLOBS = 'a glob that begins with * is written in quotes: "*attn2*": 0.5'
@@ -535,6 +611,10 @@ _YAML_HINTS = {
     "undefined alias": _QUOTE_GLOBS,
     "single document": "one recipe to a file: remove the `---` line and what follows it",
     "\\t": "indent with spaces",
+    "expected <block end>": "indent the line as its neighbours are, and close what is open",
+    "expected the node content": "close what is open: a bracket, a quote",
+    "expected ','": "put a comma between the entries, and close what is open",
+    "cannot start any token": "put the value in quotes",
     "mapping values are not allowed": "is there a space after `:`, and is the indent right?",
 }
 
@@ -593,16 +673,23 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
             f"the recipe cannot be read: {exc.strerror}", where=str(path), fix="check the path"
         ) from exc
     if len(raw) > MAX_RECIPE_BYTES:
-        raise RecipeError(
-            "a recipe of more than 1 MB: is it a model?", where=str(path), fix="give a .yaml file"
-        )
+        what = _no_recipe(raw) or "a recipe of more than 1 MB: is it a model?"
+        raise RecipeError(what, where=str(path), fix="give a .yaml file")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise RecipeError(
-            "the recipe is not UTF-8 text", where=str(path), fix="give a .yaml file"
-        ) from exc
+        what = _no_recipe(raw) or "the recipe is not UTF-8 text"
+        raise RecipeError(what, where=str(path), fix="give a .yaml file") from exc
     return parse_recipe(text, path, overrides=overrides)
+
+
+def _no_recipe(raw: bytes) -> str:
+    """What a file is that cannot be a recipe; "" where there is no telling."""
+    if raw[8:9] == b"{":
+        return "a safetensors file, not a recipe"
+    found = file_type(raw[:SNIFF_BYTES])
+    mark = ", not safetensors"
+    return f"{found.what.partition(mark)[0]}, not a recipe" if found and mark in found.what else ""
 
 
 def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:
@@ -612,8 +699,9 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     _check_tags(reader, root)
     keys = reader.known(root, "the recipe", TOP_KEYS)
     _check_version(reader, keys.get("ckptools"))
+    _find_lost_names(reader, root, keys)
     models = _models(reader, keys.get("models"))
-    params = _params(reader, keys.get("params"), overrides or {}, models)
+    params = _params(reader, keys.get("params"), models)
     loras, weights = _loras(reader, keys.get("loras"))
     sweep = _sweep(reader, keys.get("sweep"), params | weights)
     render = _render(reader, keys.get("render"))
@@ -628,11 +716,9 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     take = _take(reader, keys.get("take"), models)
     publish = _publish(reader, keys.get("publish"), {*models, *loras})
     scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
-    scope = _lets(reader, keys.get("let"), scope)
-    merge = _formula(reader, keys.get("merge"), "merge", scope)
-    if merge is not None and (kind := reader.attempt(partial(check_formula, merge, scope))):
-        _check_result(reader, merge, kind)
-    raise_all(_in_file_order(reader.errors))  # the rest leans on names and types that hold
+    scope, merge = _formulas(reader, keys.get("let"), keys.get("merge"), scope)
+    params = _set_params(reader, params, overrides or {})
+    raise_all(reader.all_errors())  # the rest leans on names and types that hold
     if merge is None or output is None:
         raise AssertionError("a missing key is an error above")
     warnings = _unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models)
@@ -666,16 +752,6 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     )
 
 
-def _in_file_order(errors: Sequence[CkptError]) -> list[CkptError]:
-    """Errors by line: as one mends them."""
-
-    def line(error: CkptError) -> int:
-        found = re.search(r":(\d+)(?:$|, column)", error.where)
-        return int(found[1]) if found else 0
-
-    return sorted(errors, key=line)
-
-
 def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
     if node is not None and (not isinstance(node, yaml.ScalarNode) or node.value != "1"):
         reader.error(
@@ -698,7 +774,23 @@ def _check_result(reader: _Reader, merge: Formula, kind: str) -> None:
         reader.errors.append(merge.error("the result is a number, not a model", 1))
 
 
+def _find_lost_names(reader: _Reader, root: yaml.Node, read: Mapping[str, yaml.Node]) -> None:
+    """Names below a key that is a mistake itself: unknown, or given a second time."""
+    if not isinstance(root, yaml.MappingNode):
+        return
+    for _, value in root.value:
+        if isinstance(value, yaml.MappingNode) and not any(value is node for node in read.values()):
+            reader.told |= {key.value for key, _ in value.value if isinstance(key, yaml.ScalarNode)}
+    for section in _NAMING:
+        if section in read and not isinstance(read[section], yaml.MappingNode):
+            reader.is_open = True
+    if "models" not in read:
+        reader.is_open = True
+
+
 def _identifier(reader: _Reader, key: yaml.Node, name: str, what: str) -> None:
+    if not _IDENTIFIER.match(name) or keyword.iskeyword(name):
+        reader.told.add(name)
     if not _IDENTIFIER.match(name):
         reader.error(
             key,
@@ -806,10 +898,7 @@ def _with_loras(merge: Formula, loras: Collection[str]) -> Formula:
 
 
 def _params(
-    reader: _Reader,
-    node: yaml.Node | None,
-    overrides: Mapping[str, float],
-    models: Collection[str],
+    reader: _Reader, node: yaml.Node | None, models: Collection[str]
 ) -> dict[str, ParamRef]:
     params: dict[str, ParamRef] = {}
     items = reader.mapping(node, "params") if node is not None else {}
@@ -818,16 +907,22 @@ def _params(
         if name in models:
             reader.error(key, f"{name!r} is a model too", "give the parameter another name")
         params[name] = _param(reader, name, value)
-    for name, number in overrides.items():
-        if name not in params:
-            raise RecipeError(
-                f"--set names the unknown parameter {name!r}",
-                where=reader.name,
-                fix=nearest(name, params) or "the recipe has no `params:`",
-            )
-        line = ParamLine("default", number, "--set")
-        params[name] = ParamRef(name, (line,), (), "--set")
     return params
+
+
+def _set_params(
+    reader: _Reader, params: Mapping[str, ParamRef], overrides: Mapping[str, float]
+) -> dict[str, ParamRef]:
+    """The parameters with the command line's numbers in place of their lines."""
+    found = dict(params)
+    for name, number in overrides.items():
+        if name in params:
+            found[name] = ParamRef(name, (ParamLine("default", number, "--set"),), (), "--set")
+        elif reader.lacks(name, params):
+            fix = nearest(name, params) or "the recipe has no `params:`"
+            what = f"unknown parameter {name!r}"
+            reader.errors.append(UsageError(what, where="--set", fix=fix))
+    return found
 
 
 def _param(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
@@ -938,9 +1033,8 @@ def _sweep(
         reader.error(node, "sweep is empty", "such as `M: [0, 0.5, 1]`")
     found: dict[str, tuple[float, ...]] = {}
     for name, (key, value) in items.items():
-        if name not in params:
-            fix = nearest(name, params) or "the recipe has no `params:`"
-            reader.error(key, f"sweep names the unknown parameter {name!r}", fix)
+        if reader.lacks(name, params):
+            reader.not_found(key, name, f"sweep names the unknown parameter {name!r}", params)
         what, where = f"sweep of {name!r}", reader.where(value)
         if isinstance(value, yaml.ScalarNode) and not _is_null(value):
             found[name] = reader.attempt(partial(parse_values, value.value, where)) or ()
@@ -952,35 +1046,79 @@ def _sweep(
     return found
 
 
-def _lets(reader: _Reader, node: yaml.Node | None, scope: Scope) -> Scope:
-    """The scope with each `let` added in order: one may use those above it."""
-    items = reader.mapping(node, "let") if node is not None else {}
-    lets: dict[str, Formula] = {}
+def _formulas(
+    reader: _Reader, lets: yaml.Node | None, merge: yaml.Node | None, scope: Scope
+) -> tuple[Scope, Formula | None]:
+    """The scope with each `let` added in order (one may use those above it), and the merge."""
+    items = reader.mapping(lets, "let") if lets is not None else {}
+    parsed: dict[str, Formula] = {}
     for name, (key, value) in items.items():
         _identifier(reader, key, name, "let")
         if name in scope.models or name in scope.params:
             reader.error(key, f"{name!r} is a model or a parameter too", "use another name")
             continue
-        formula = _formula(reader, value, f"let {name!r}", scope)
+        formula = _formula(reader, value, f"let {name!r}")
         if formula is None:
+            reader.told.add(name)
+        else:
+            parsed[name] = formula
+    result = _formula(reader, merge, "merge")
+    _find_unknown(reader, parsed, result, scope)
+    scope = _checked_lets(reader, parsed, replace(scope, is_open=reader.is_open))
+    if result is not None:
+        kind = reader.attempt(partial(check_formula, result, _with_told(reader, scope)))
+        if kind is not None:
+            _check_result(reader, result, kind)
+    return scope, result
+
+
+def _find_unknown(
+    reader: _Reader, lets: Mapping[str, Formula], merge: Formula | None, scope: Scope
+) -> None:
+    """Every name of the formulas that stands for nothing, with all its places."""
+    above: dict[str, Formula] = {}
+    for let, formula in [*lets.items(), *([("", merge)] if merge else [])]:
+        for name in names_in(formula.tree):
+            if name.id not in lets and reader.lacks(name.id, scope.models | scope.params):
+                error = unknown_name(formula, name, replace(scope, lets=above))
+                reader.unknown.setdefault(name.id, []).append(error)
+        above[let] = formula
+
+
+def _with_told(reader: _Reader, scope: Scope) -> Scope:
+    return replace(scope, told=frozenset({*reader.told, *reader.unknown}))
+
+
+def _checked_lets(reader: _Reader, parsed: Mapping[str, Formula], scope: Scope) -> Scope:
+    lets: dict[str, Formula] = {}
+    waiting = dict(parsed)
+    for name, formula in parsed.items():
+        later = [word for word in names_in(formula.tree) if word.id in waiting]
+        for word in later:
+            what, fix = f"{word.id!r} is defined later", "put it above this line"
+            if word.id == name:
+                what, fix = f"{name!r} stands for itself", "use names that are defined above"
+            reader.errors.append(formula.error(what, word.column, fix))
+        del waiting[name]
+        check = partial(check_formula, formula, _with_told(reader, scope))
+        if later or reader.attempt(check) is None:
+            reader.told.add(name)
             continue
-        later = {word.id for word in names_in(formula.tree)} & (items.keys() - lets.keys())
-        if later - scope.models - scope.params:
-            reader.errors.append(
-                formula.error(f"{min(later)!r} is defined later", 1, "put it above this line")
-            )
-        elif reader.attempt(partial(check_formula, formula, scope)):
-            lets[name] = formula
-            scope = Scope(scope.models, scope.params, MappingProxyType(dict(lets)), scope.methods)
+        lets[name] = formula
+        scope = replace(scope, lets=MappingProxyType(dict(lets)))
     return scope
 
 
-def _formula(reader: _Reader, node: yaml.Node | None, what: str, scope: Scope) -> Formula | None:
-    if node is None:
+def _formula(reader: _Reader, node: yaml.Node | None, what: str) -> Formula | None:
+    """A formula that parses; None, without a word, for one that names what cannot be a name."""
+    text = reader.text(node, what) if node is not None else None
+    if node is None or text is None:
         return None
-    text = reader.text(node, what)
-    if text is None:
-        return None
+    if any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in reader.told):
+        try:
+            return parse_formula(text, where=reader.where(node))
+        except RecipeError:
+            return None
     return reader.attempt(partial(parse_formula, text, where=reader.where(node)))
 
 
@@ -988,8 +1126,8 @@ def _model_name(
     reader: _Reader, node: yaml.Node | None, what: str, models: Mapping[str, ModelRef]
 ) -> str:
     name = reader.text(node, what) if node is not None else ""
-    if node is not None and name and name not in models:
-        reader.error(node, f"{what}: unknown model {name!r}", nearest(name, models))
+    if node is not None and name and reader.lacks(name, models):
+        reader.not_found(node, name, f"{what}: unknown model {name!r}", models)
     return name or ""
 
 
@@ -1013,8 +1151,8 @@ def _publish(reader: _Reader, node: yaml.Node | None, models: Collection[str]) -
         if key not in keys:
             continue
         for model, (where, value) in reader.mapping(keys[key], key).items():
-            if model not in models:
-                reader.error(where, f"{key}: unknown model {model!r}", nearest(model, models))
+            if reader.lacks(model, models):
+                reader.not_found(where, model, f"{key}: unknown model {model!r}", models)
             found[model] = reader.text(value, f"{key} {model!r}") or ""
     tags = keys.get("tags")
     if tags is not None and not isinstance(tags, yaml.SequenceNode):
@@ -1045,7 +1183,13 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         return None
     keys = reader.known(node, "output", OUTPUT_KEYS)
     path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""
-    if path and not path.endswith(".safetensors"):
+    if path and (path.endswith(("/", "\\")) or Path(path).name in ("", "..", ".safetensors")):
+        reader.error(
+            keys["path"],
+            f"the output {path!r} does not name a file",
+            f"such as {str(Path(path.removesuffix('.safetensors')) / 'merged.safetensors')!r}",
+        )
+    elif path and not path.endswith(".safetensors"):
         reader.error(
             keys["path"],
             f"the output {path!r} does not end in .safetensors",
@@ -1057,7 +1201,9 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
     shard_bytes = _size(reader, keys["shard_size"]) if "shard_size" in keys else 0
     metadata = {}
     if "metadata" in keys:
-        for name, (_, value) in reader.mapping(keys["metadata"], "metadata").items():
+        for name, (key, value) in reader.mapping(keys["metadata"], "metadata").items():
+            if name.startswith("ckptools.") or name in _OWN_METADATA:
+                reader.error(key, f"metadata {name!r} is for ckptools to write", "leave it out")
             metadata[name] = reader.text(value, f"metadata {name!r}") or ""
     return Output(
         path=path,
@@ -1068,6 +1214,10 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         where=reader.where(node),
         dtypes_where=reader.where(keys["dtype"]) if "dtype" in keys else reader.where(node),
     )
+
+
+# The record of the merge, and what loaders go by.
+_OWN_METADATA = {"format", "sd_merge_recipe", "sd_merge_models"}
 
 
 def _dtypes(reader: _Reader, node: yaml.Node) -> dict[str, str]:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
+_LEAST_FOLDED = 6
+_BETWEEN_COLUMNS = 3
 
 
 def safe(text: str) -> str:
@@ -102,8 +104,24 @@ def _row(table: Table, *cells: str | list[str]) -> None:
 
 
 def _show_table(table: Table) -> None:
+    console = _console()
+    # A terminal too narrow for the numbers breaks the lines itself: it is better than 7 for 703 kB.
+    console.width = max(console.width, _least_width(table))
     # long cells are folded; with the console's soft_wrap they would be cut off
-    _console().print(table, soft_wrap=False)
+    console.print(table, soft_wrap=False)
+
+
+def _least_width(table: Table) -> int:
+    """The width at which no cell of the columns that do not fold is cut off."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(cell_len(line) for cell in (column.header, *column.cells)
+            for line in str(cell).split("\n"))
+        if column.no_wrap else _LEAST_FOLDED
+        for column in table.columns
+    ]  # fmt: skip
+    return sum(widths) + _BETWEEN_COLUMNS * len(widths) - 1
 
 
 # --- JSON and errors ---------------------------------------------------------------------------
@@ -178,7 +196,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
             for component, steps in _by_component(plan).items()
         },
         "read_bytes": plan.read_bytes,
-        "output_bytes": plan.output_bytes,
+        "output_bytes": plan.file_bytes,
         "peak_bytes": plan.peak_bytes,
         "free_bytes": _free_bytes(plan),
         "warnings": list(plan.warnings),
@@ -261,7 +279,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         _row(table, component, *cells, size, dtypes, _forms_text(steps))
     _show_table(table)
     show_line(
-        f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.output_bytes)} "
+        f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.file_bytes)} "
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
     )
     show_line(f"output: {shown_path(plan.recipe.output_path)}")

@@ -18,13 +18,13 @@ def conversion_json(conversion: Conversion) -> dict[str, object]:
         "variant": conversion.detection.variant,
         "layout": conversion.checkpoint.layout or conversion.detection.layout,
         "tensors": conversion.counts,
-        "output_bytes": conversion.output_bytes,
+        "output_bytes": conversion.file_bytes,
         "files": [
             {
                 "path": file.path.as_posix(),
                 "component": file.component or None,
                 "tensors": len(file.programs),
-                "bytes": sum(spec.nbytes for spec, _ in file.programs.values()),
+                "bytes": conversion.files[file.path.as_posix()],
             }
             for file in conversion.written
         ],
@@ -54,11 +54,11 @@ def show_conversion(conversion: Conversion, *, is_done: bool) -> None:
     verb = "wrote" if is_done else "would write"
     show_line(
         f"{verb} {shown_path(conversion.request.output)} ({title}, "
-        f"{gigabytes(conversion.output_bytes)}): {counts['copied']:,} tensors copied, "
+        f"{gigabytes(conversion.file_bytes)}): {counts['copied']:,} tensors copied, "
         f"{counts['cast']:,} cast, {counts['dropped']:,} left out"
     )
     for file in conversion.written:
-        nbytes = sum(spec.nbytes for spec, _ in file.programs.values())
+        nbytes = conversion.files[file.path.as_posix()]
         show_line(f"  {file.path.as_posix()}  {len(file.programs):,} tensors, {gigabytes(nbytes)}")
     for path in sorted(conversion.settings):
         show_line(f"  {path}")

@@ -13,6 +13,7 @@ from ckptools.hubref import shown
 from ckptools.measure import Pair
 from ckptools.report import _row, _show_table, _table, gigabytes, show_line, show_message
 from ckptools.tensors import TensorSpec
+from ckptools.writer import PartFile, output_error, whole_file
 
 _MOST_NAMES = 8
 _TEMPLATE = Path(__file__).with_name("diff.html")
@@ -138,12 +139,25 @@ def _show_fits(found: Difference) -> None:
 # --- HTML --------------------------------------------------------------------------------------
 
 
+def check_html(path: Path) -> None:
+    """Raise `OutputError` where no page can be written, before the models are read."""
+    if not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"there is no folder {str(path.parent)!r}", where="--html", fix="make it first"
+        )
+
+
 def write_html(found: Difference, path: Path, *, quiet: bool = False) -> None:
     """Write one page that loads nothing. Raises `OutputError` where it cannot be written."""
-    try:
-        path.write_text(html_page(found), encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
+    data = html_page(found).encode()
+    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
+        try:
+            path.write_bytes(data)
+        except OSError as exc:
+            raise output_error(exc, path) from exc
+    else:
+        with PartFile(whole_file(path, data)) as part:
+            part.commit()
     if not quiet:
         show_message(f"wrote {path}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckptools.checkpoint import Checkpoint, open_safetensors
+from ckptools.checkpoint import Checkpoint, is_folder, open_safetensors, weights_in
 from ckptools.errors import InputError
 from ckptools.folders import Opener, from_diffusers, is_diffusers_folder, open_folder
 from ckptools.hubref import hub_ref_of
@@ -37,4 +37,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     """One file, the index of shards, or a folder that holds one of them."""
+    if is_folder(path):
+        path = weights_in(path)
     return open_pickle(path) if is_pickle(path) else open_safetensors(path)

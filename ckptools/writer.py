@@ -372,9 +372,10 @@ def output_error(exc: OSError, path: Path) -> OutputError:
         )
     if exc.errno == errno.EFBIG:
         return OutputError(
-            "the file is larger than this disk or this process may hold (FAT: 4 GB a file)",
+            "the file would be larger than a file may be here; nothing was left behind",
             where=str(path),
-            fix="set `output.shard_size`, or write to another disk",
+            fix="write smaller files (`shard_size: 2GB` of `output`, `--shard-size 2GB` of "
+            "`convert`), write to another disk, or raise the limit (`ulimit -f unlimited`)",
         )
     return OutputError(f"cannot be written: {exc.strerror or exc}", where=str(path))
 

@@ -1039,7 +1039,7 @@ def test_a_model_is_no_adapter_and_an_adapter_no_model(
     (both,) = errors_of(tmp_path, models_of(models, "A") | {"L": path}, "bake(A + L - A, L)")
     (base,) = errors_of(tmp_path, models_of(models, "A") | {"L": path}, "bake(A, L)", base="L")
 
-    assert as_adapter.what == "adapter 'loras[0]': this is a checkpoint, not an adapter"
+    assert as_adapter.what == "adapter 'loras[0]': this is a whole model, not an adapter"
     assert as_model.what == "model 'L': this is an adapter (LoRA), not weights"
     for error in (both, base):
         assert isinstance(error, RecipeError)

@@ -99,6 +99,14 @@ def test_a_folder_with_one_file_stands_for_it(tmp_path: Path) -> None:
         assert list(opened) == ["a"]
 
 
+def test_a_folder_with_one_pickle_stands_for_it(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.ckpt")
+
+    with open_checkpoint(tmp_path) as opened:
+        assert opened.path == tmp_path / "a.ckpt"
+        assert list(opened) == ["a"]
+
+
 def test_a_folder_with_several_files_asks_for_one(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_tensors(tmp_path / f"{name}.safetensors", {"a": torch.zeros(2)})
@@ -110,7 +118,7 @@ def test_a_folder_with_several_files_asks_for_one(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_single_file_say_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a folder without weights"):
+    with pytest.raises(InputError, match="a folder without models"):
         open_checkpoint(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match="a diffusers folder"):

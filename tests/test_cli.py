@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import click
 import pytest
 import torch
 from models import shrunk, write_model, write_tensors
+from safetensors import safe_open
 
 from ckptools import report, workflow
 from ckptools.cli import group, main, run
 from ckptools.errors import ManyErrors, NonFiniteError, RecipeError, UnsafeError
+from ckptools.recipe import load_recipe
 
 COMMANDS = tuple(group.list_commands(click.Context(group)))
 Captured = pytest.CaptureFixture[str]
@@ -102,12 +106,27 @@ def test_version(capsys: Captured) -> None:
 # --- plan and explain --------------------------------------------------------------------------
 
 
+def test_a_planned_size_is_that_of_the_file_but_for_its_metadata(
+    recipe: Path, capsys: Captured
+) -> None:
+    assert run(["plan", str(recipe), "--json"]) == 0
+    planned = json_of(capsys, "plan")["output_bytes"]
+    assert run(["merge", str(recipe), "--json", "-q"]) == 0
+    written = json_of(capsys, "merge")["output_bytes"]
+
+    size = (recipe.parent / "out.safetensors").stat().st_size
+    with safe_open(recipe.parent / "out.safetensors", "pt") as opened:
+        metadata = json.dumps(opened.metadata())
+    assert written == size
+    assert 0 < size - planned < 2 * len(metadata)
+
+
 def test_plan_as_json_has_the_contract_s_keys(recipe: Path, capsys: Captured) -> None:
     assert run(["plan", str(recipe), "--json"]) == 0
 
     plan = json_of(capsys, "plan")
     assert plan["tensors"] == {"merged": 1130, "carried": 1, "copied": 0, "cast": 0}
-    assert plan["output_bytes"] == sum(part["bytes"] for part in plan["components"].values())
+    assert plan["output_bytes"] > sum(part["bytes"] for part in plan["components"].values())
     assert plan["read_bytes"] > plan["output_bytes"]
     assert plan["peak_bytes"] > 100_000_000
     assert plan["warnings"] == []
@@ -282,9 +301,10 @@ WRONG = [
     (["merge"], "Missing argument 'RECIPE'"),
     (["mereg", "r.yaml"], "no such command 'mereg': did you mean 'merge'?"),
     (["plan", "RECIPE", "--set", "M"], "'M' is not NAME=NUMBER"),
+    (["plan", "RECIPE", "--set", "M=1", "--set", "M=0"], "'M' is given twice"),
     (["plan", "RECIPE", "--set", "M=nan"], "'M=nan' is not NAME=NUMBER"),
     (["plan", "RECIPE", "--set", "=1"], "'=1' is not NAME=NUMBER"),
-    (["plan", "RECIPE", "--set", "Q=1"], "--set names the unknown parameter 'Q'"),
+    (["plan", "RECIPE", "--set", "Q=1"], "unknown parameter 'Q'"),
     (["plan", "RECIPE", "--colour"], "No such option"),
     (["merge", "RECIPE", "--threads", "0"], "0 is not in the range"),
     (["merge", "RECIPE", "-o", "out.ckpt"], "does not end in .safetensors"),
@@ -311,6 +331,78 @@ def test_wrong_usage_exits_with_2_and_says_why(
     assert list(error)[:4] == ["code", "message", "where", "fix"]
 
 
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (["-o", "there.safetensors"], "exists"),
+        (["-o", "there.safetensors/x.safetensors"], "is not a folder"),
+        (["-o", "input.safetensors", "--force"], "is one of the inputs"),
+    ],
+)
+def test_a_mistake_in_an_option_is_placed_at_the_option(
+    option: list[str], what: str, recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    Path("there.safetensors").touch()
+    Path("input.safetensors").symlink_to(load_recipe(recipe).models["A"].path)
+
+    assert run(["merge", str(recipe), *option, "--json"]) == 2
+
+    error = json_of(capsys, "merge")["error"]
+    assert what in error["message"]
+    assert error["where"] == "--output"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60])
+def test_a_narrow_terminal_cuts_no_number_off(
+    recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    model = str(load_recipe(recipe).models["A"].path)
+    assert run(["inspect", model]) == 0
+    wide = capsys.readouterr().out
+    sizes = re.findall(r"[\d.]+ [kM]B", wide)
+    monkeypatch.setattr(report, "_WIDTH_OF_PIPES", columns)
+
+    assert run(["inspect", model]) == 0
+
+    assert len(sizes) >= 4
+    assert re.findall(r"[\d.]+ [kM]B", capsys.readouterr().out) == sizes
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("command", ["plan", "explain", "inspect"])
+def test_tables_are_shown_where_there_are_few_letters(
+    recipe: Path, command: str, encoding: str
+) -> None:
+    words = {
+        "plan": [str(recipe), "--details"],
+        "explain": [str(recipe), "*out.2.weight"],
+        "inspect": [str(load_recipe(recipe).models["A"].path)],
+    }[command]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptools", command, *words],
+        env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "unet" in done.stdout.decode(encoding)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
+    recipe: Path, options: list[str]
+) -> None:
+    words = [sys.executable, "-m", "ckptools", "plan", str(recipe), *options]
+
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr == f"error: {os.strerror(errno.ENOSPC)}\n"
+
+
 def test_no_arguments_show_the_help(capsys: Captured) -> None:
     assert run([]) == 2
 
@@ -320,7 +412,7 @@ def test_no_arguments_show_the_help(capsys: Captured) -> None:
 def test_a_recipe_s_mistakes_are_shown_each_with_place_and_fix(
     tmp_path: Path, capsys: Captured
 ) -> None:
-    path = write_recipe(tmp_path / "r.yaml", "models: {A: a}", "merje: A", "output: {path: o}")
+    path = write_recipe(tmp_path / "r.yaml", "models: {A: }", "merje: A", "output: {path: o}")
     assert run(["plan", str(path)]) == 2
     shown = capsys.readouterr()
     assert run(["plan", str(path), "--json"]) == 2
@@ -330,7 +422,7 @@ def test_a_recipe_s_mistakes_are_shown_each_with_place_and_fix(
     assert shown.err.count("error: ") == 3
     assert f"error: {path}:3: unknown key 'merje' in the recipe\n  fix: did you" in shown.err
     assert error["code"] == "recipe"
-    assert error["where"] == f"{path}:1"
+    assert error["where"] == f"{path}:2"
     assert len(error["others"]) == 2
     assert {tuple(other) for other in error["others"]} == {("code", "message", "where", "fix")}
 

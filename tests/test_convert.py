@@ -364,7 +364,7 @@ def test_an_unknown_family_makes_no_folder(
 
     assert run(["convert", str(source), str(tmp_path / "folder"), "--json"]) == 2
     error = json_of(capsys)["error"]
-    assert "its family is not known" in error["message"]
+    assert "no diffusers folder can be made of this: it is a" in error["message"]
     assert "sdxl" in error["fix"]
     assert run(["convert", str(source), str(tmp_path / "B.safetensors"), "-q"]) == 0
 
@@ -383,8 +383,13 @@ def test_an_unknown_family_makes_no_folder(
         (["A.safetensors", "out", "--component", "vea"], "no component 'vea'"),
         (["A.safetensors", "out", "--dtype", "vea=fp16"], "no component 'vea'"),
         (["A.safetensors", "out", "--dtype", "int8"], "is not a dtype"),
+        (["A.safetensors", "out", "--dtype", "fp16", "--dtype", "bf16"], "two dtypes for all"),
+        (["A.safetensors", "out", "--dtype", "vae=fp16", "--dtype", "vae=bf16"], "two dtypes for"),
         (["A.safetensors", "out", "--shard-size", "5"], "is not a size"),
         (["A.safetensors", "out", "--config", "nowhere"], "no such folder"),
+        (["A.safetensors", "out", "--config", "full"], "a folder without settings"),
+        (["A.safetensors", "out.safetensor"], "looks like the name of a file"),
+        (["A.safetensors", "out.safetensors.index.json"], "looks like the name of a file"),
         (["nowhere.safetensors", "out"], "no such file"),
         (["A.safetensors", "A.safetensors/out"], "is not a folder"),
     ],
@@ -507,6 +512,41 @@ def test_a_dry_run_says_what_would_be_written(
     assert "would write" in text
     assert "unet/diffusion_pytorch_model.safetensors  686 tensors" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_component_that_stands_alone_is_not_looked_for_in_itself(
+    sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = str(tmp_path / "vae.safetensors")
+    assert run(["convert", str(sd1), vae, "--component", "vae", "-q"]) == 0
+
+    assert run(["convert", vae, str(tmp_path / "x.safetensors"), "--component", "vae"]) == 2
+    assert "--component: 'vae.safetensors' is a VAE alone" in capsys.readouterr().err
+    assert run(["convert", vae, str(tmp_path / "folder")]) == 2
+    assert "no diffusers folder can be made of this: it is a VAE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["out.safetensors", "folder"])
+@pytest.mark.parametrize("options", [[], ["--shard-size", "1MB"]])
+def test_sizes_are_those_of_the_files(
+    sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, options: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    words = ["convert", str(sd1), str(tmp_path / "out" / output), "--json", *options]
+    assert run([*words, "--dry-run"]) == 0
+    planned = json_of(capsys)
+    assert run(words) == 0
+    done = json_of(capsys)
+
+    root = tmp_path / "out" / ("" if output.endswith(".safetensors") else output)
+    sizes = {
+        path.relative_to(root).as_posix(): path.stat().st_size
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+    assert planned["output_bytes"] == done["output_bytes"] == sum(sizes.values())
+    assert done["written"] == sizes
+    assert all(file["bytes"] == sizes[file["path"]] for file in planned["files"])
 
 
 def test_the_report_names_what_was_written(

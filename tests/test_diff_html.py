@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -120,4 +122,21 @@ def test_a_page_that_cannot_be_written_is_an_error(page: Path, capsys) -> None:
     a = str(page.with_name("one.safetensors"))
 
     assert run(["diff", a, a, "--html", str(page.parent / "none" / "x.html")]) == 2
-    assert "x.html" in capsys.readouterr().err
+    assert "--html: there is no folder" in capsys.readouterr().err
+
+
+def test_a_page_on_a_full_disk_leaves_the_old_one(
+    page: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = str(page.with_name("one.safetensors"))
+    old = page.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+
+    assert run(["diff", a, a, "--html", str(page)]) == 2
+    assert "the disk is full; nothing was left behind" in capsys.readouterr().err
+    assert page.read_bytes() == old
+    assert not list(page.parent.glob("*.part"))

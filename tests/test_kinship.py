@@ -294,7 +294,7 @@ def test_one_model_is_wrong_usage() -> None:
 
 
 def test_an_adapter_is_not_a_model() -> None:
-    with pytest.raises(InputError, match="this is a lora") as caught:
+    with pytest.raises(InputError, match="this is an adapter") as caught:
         compare_models([tiny("A"), tiny("glow")])
     assert "--for" in caught.value.fix
 

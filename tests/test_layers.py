@@ -14,7 +14,7 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "datafile", "tensors", "hubref", "interrupts", "crew", "codec"},
+    {"errors", "datafile", "tensors", "hubref", "interrupts", "crew", "codec", "filetypes"},
     {
         "checkpoint",
         "sources",

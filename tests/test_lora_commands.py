@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -702,7 +705,7 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "A"], "this is a checkpoint, not an adapter"),
+        (["inspect", "A"], "this is a whole model, not an adapter"),
         (["inspect", "missing.safetensors"], "no such file"),
         (["check", "X", "--against", "X"], "not a model that adapters are known for"),
         (["extract", "A", "B", "-o", "out.ckpt"], "does not end in .safetensors"),
@@ -711,6 +714,10 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
         (["extract", "A", "B", "-o", "no/folder.safetensors"], "there is no folder"),
         (["extract", "A", "B", "-o", "o.safetensors", "--rank", "4", "--energy", "0.5"], "either"),
         (["extract", "A", "B", "-o", "o.safetensors", "--names", "peft", "--with-diff"], "PEFT"),
+        (["check", "X", "--against", "X"], "this is an adapter (LoRA), not a model"),
+        (["extract", "A", "B", "-o", "."], "the output '.' is a folder"),
+        (["merge", "X", "X", "-o", "o.safetensors", "--weights", "1,-1"], "cancel each other out"),
+        (["merge", "X", "-o", "o.safetensors", "--weights", "0"], "all weights are 0"),
         (["resize", "X", "-o", "o.safetensors"], "either a rank or an energy"),
     ],
 )
@@ -764,3 +771,22 @@ def test_models_of_two_families_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f.safetensors").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         extract(*paths, tmp_path / "f.safetensors", budget=FULL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits of this kind")
+def test_a_disk_that_is_full_is_told_by_the_output_s_name(sd1: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: the system's answer comes from the same place."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "from ckptools.cli import main; main()"
+    )
+    words = ["lora", "extract", str(sd1 / "A.safetensors"), str(sd1 / "B.safetensors"), "--rank",
+             "4", "-o", str(tmp_path / "l.safetensors")]  # fmt: skip
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2, done.stderr
+    assert "l.safetensors: the file would be larger" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1001,7 +1001,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     error = only_error(lambda: planned(abc, "A * 0.5 + B * 0.5"))
 
-    assert error.what == "the disk is too full: the output needs 2.1 MB, 1.0 MB are free"
+    assert error.what == "the disk is too full: the output needs 2.3 MB, 1.0 MB are free"
     assert error.fix == "free some space, or write to another disk"
 
 

@@ -209,6 +209,13 @@ MISTAKES = [
     ("params: {M: {unet: 1, mbw: [1]}}", "`mbw` must be the first line", "lines below it"),
     ("params: {M: {mbw: 0.5}}", "mbw of parameter 'M' must be a list of numbers", ""),
     ("params: {M: {mbw: [0.5, x]}}", "mbw of parameter 'M' must be a number, it is 'x'", "0.5"),
+    ("params: {M:0.5}", "'M:0.5' in params has no value", "`M: 0.5`"),
+    ("params: {M: 0,5}", "'5' in params has no value", "a decimal has a point"),
+    ("let: {x: A ^ 2}", "`^` is not part of formulas\n    A ^ 2\n      ^", "only + - * /"),
+    ("let: {x: 'A * (1) % (2)'}", "(1) % (2)\n            ^", "only + - * /"),
+    ("let: {x: 'A * 0,5'}", "`,` is not part of formulas", "a decimal has a point"),
+    ("let: {x: a}", "unknown name 'a'", "did you mean 'A'?"),
+    ("let: {x: A * Q}", "unknown name 'Q'", "numbers of your own go into `params:`"),
     ("params: {A: 0.5}", "'A' is a model too", "another name"),
     ("params: {slerp: 0.5}", "'slerp' is the name of a method", "another name"),
     ("params: {M-1: 0.5}", "'M-1' cannot be the name of a parameter", "letters, digits and _"),
@@ -216,7 +223,7 @@ MISTAKES = [
     ("let: {x: A +}", "this does not read as a formula", "write it like"),
     ("let: {A: B}", "'A' is a model or a parameter too", "use another name"),
     ("let: {x: y * 2, y: A}", "'y' is defined later", "above"),
-    ("let: {x: x + A}", "'x' is defined later", "above"),
+    ("let: {x: x + A}", "'x' stands for itself", "above"),
     ("let: {x: Q}", "unknown name 'Q'", "known: A, B"),
     ("loras: {L: x}", "loras must be a list, it is a mapping", "write `- {path:"),
     ("loras: [{weight: 1}]", "loras[0] has no 'path'", "add `path:`"),
@@ -328,6 +335,10 @@ def test_a_mistake_in_a_model(value: str, what: str, fix: str) -> None:
 OUTPUT_MISTAKES = [
     ("{}", "output has no 'path'", "add `path:`"),
     ("out.safetensors", "output must be a mapping, it is 'out.safetensors'", "key: value"),
+    ("{path: out/}", "the output 'out/' does not name a file", "'out/merged.safetensors'"),
+    ("{path: .safetensors}", "'.safetensors' does not name a file", "'merged.safetensors'"),
+    ("{path: o.safetensors, metadata: {format: tf}}", "'format' is for ckptools to", "leave it"),
+    ("{path: o.safetensors, metadata: {ckptools.recipe: x}}", "is for ckptools to", "leave it"),
     ("{path: out.ckpt}", "the output 'out.ckpt' does not end in .safetensors", "out.ckpt.safet"),
     ("{path: o.safetensors, dtyp: fp16}", "unknown key 'dtyp' in output", "did you mean 'dtype'?"),
     ("{path: o.safetensors, dtype: fp61}", "unknown dtype 'fp61'", "did you mean 'fp16'?"),
@@ -403,7 +414,7 @@ output: {path: out, dtype: fp17, shard_size: x}
     found = errors_of(text)
 
     lines = [int(error.where.split(":")[1].split(",")[0]) for error in found]
-    assert lines == [1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11]
+    assert lines == [1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11]
     assert all(error.code == "recipe" for error in found)
 
 
@@ -413,6 +424,85 @@ def test_the_errors_of_a_recipe_are_shown_each_with_its_place() -> None:
 
     assert str(caught.value).count("folder/recipe.yaml:") == 2
     assert str(caught.value).count("fix: ") == 2
+
+
+FOLLOW_UPS = [
+    # (what is replaced in the recipe below, by what, the lines of the errors)
+    ("models:", "modles:", [2]),
+    ("params:", "Params:", [4]),
+    ("let:", "lets:", [5]),
+    ("merge:", "merg:", [6]),
+    ("path: out", "pth: out", [9]),
+    ("models: {A: a, B: b, C: c}", "models: [a, b, c]", [2]),
+    ("models: {A: a, B: b, C: c}", "models:", [2]),
+    ("params: {M: 0.5}", "params: [M, 0.5]", [4]),
+    ("let: {learned: B - C}", "let: B - C", [5]),
+    ("params: {M: 0.5}", "params: {}\nparams: {M: 0.5}", [5]),
+    ("params: {M: 0.5}", "values: {M: 0.5}", [4]),
+    ("B: b,", "B:,", [2]),
+    ("C: c", "B-2: c, C: c", [2]),
+    ("M: 0.5", "M: high", [4]),
+    ("M: 0.5", "2M: 0.5", [4, 6]),
+    ("learned: B - C", "learned: B -", [5]),
+    ("learned: B - C", "learned: 'slrp(A, B)'", [5]),
+    ("learned: B - C", "learned: B * C", [5]),
+    ("learned: B - C", "learned: B - X", [5]),
+    ("learned: B - C", "learned: more * 2, more: B - C", [5]),
+    ("A: a, B: b", "A: a, b: b", [3]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "lines"), FOLLOW_UPS)
+def test_what_follows_from_a_mistake_is_not_told_as_well(
+    old: str, new: str, lines: list[int]
+) -> None:
+    text = """\
+ckptools: 1
+models: {A: a, B: b, C: c}
+publish: {hub: {B: owner/b}}
+params: {M: 0.5}
+let: {learned: B - C}
+merge: A + learned * M
+sweep: {M: [0, 1]}
+take: {vae: B}
+output: {path: out.safetensors}
+"""
+    assert parse(text)
+    assert old in text
+
+    found = errors_of(text.replace(old, new))
+
+    assert [int(error.where.split(":")[1].split(",")[0]) for error in found] == lines
+
+
+def test_a_formula_has_its_own_mistakes_told_beside_those_of_the_names() -> None:
+    """A misspelt section is read as what it was meant to be."""
+    found = errors_of(MINIMAL.replace("models", "modles").replace("A * 0.5", "A * B"))
+
+    assert [error.what.split("\n")[0] for error in found] == [
+        "unknown key 'modles' in the recipe",
+        "cannot multiply weights by weights",
+    ]
+
+
+def test_all_mistakes_of_a_formula_come_at_once() -> None:
+    found = errors_of(MINIMAL.replace("A * 0.5", "A * B + slerp(A, B, t=Q, u=2) + slrp(X, 1 / 0)"))
+
+    assert sorted(error.what.split("\n")[0] for error in found) == [
+        "cannot multiply weights by weights",
+        "division by zero",
+        "slerp has no 'u'",
+        "unknown method 'slrp'",
+        "unknown name 'Q'",
+        "unknown name 'X'",
+    ]
+
+
+def test_an_unknown_name_is_one_mistake_with_all_its_lines() -> None:
+    error = only_error(with_line("let: {x: B - bb, y: bb - A}\nbase: bb\ntake: {vae: bb}"))
+
+    assert error.where.startswith("folder/recipe.yaml:5, column 5")
+    assert error.what == "unknown name 'bb' (in lines 6, 7 too)\n    B - bb\n        ^"
 
 
 # --- YAML --------------------------------------------------------------------------------------
@@ -467,6 +557,9 @@ def test_a_model_may_have_a_file_name_that_yaml_would_read_as_something_else(wor
         (MINIMAL + "---\n" + MINIMAL, "single document", ":5:1", "one recipe to a file"),
         ("ckptools: 1\n\tmodels: {}\n", "'\\t'", ":2:1", "indent with spaces"),
         ("ckptools: 1\nmodels: {A: a\nmerge: A\n", "not YAML", ":3:6", ""),
+        ("ckptools: 1\nmodels:\n   A: a\n  B: b\n", "<block end>", ":4:3", "indent the line as"),
+        ("ckptools: 1\nmodels: {\n", "expected the node content", ":3:1", "close what is open"),
+        ("ckptools: 1\nmerge: @A\n", "cannot start any token", ":2:8", "in quotes"),
         ("ckptools: 1\nmodels: a: b\n", "not YAML", ":2:10", "space after `:`"),
         (with_line("params: {M: {*attn2*: 1}}"), "not YAML", ":5:20", "in quotes"),
         (with_line("params:\n  M:\n    *attn: 1"), "undefined alias", ":7:5", "in quotes"),
@@ -538,7 +631,9 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
     [
         (MINIMAL.encode("utf-16"), "the recipe is not UTF-8 text"),
         (MINIMAL.replace("a.safe", "ä.safe").encode("latin-1"), "the recipe is not UTF-8 text"),
-        (b"\x80\x04\x95" * 100, "the recipe is not UTF-8 text"),
+        (b"\x80\x04\x95" * 100, "a Python pickle (an old .ckpt or .pt), not a recipe"),
+        (bytes([8, 1, 0, 0, 0, 0, 0, 0]) + b'{"\xff', "a safetensors file, not a recipe"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture, not a recipe"),
         (b"#" * (MAX_RECIPE_BYTES + 1), "a recipe of more than 1 MB: is it a model?"),
     ],
 )
@@ -587,8 +682,23 @@ def test_set_replaces_a_parameter_its_map_included() -> None:
 def test_set_of_an_unknown_parameter_names_the_nearest() -> None:
     text = MINIMAL.replace("B * 0.5", "B * mult") + "params: {mult: 0.7}\n"
 
-    assert only_error(text, mul=0.25).fix == "did you mean 'mult'?"
+    error = only_error(text, mul=0.25)
+    assert (error.what, error.where) == ("unknown parameter 'mul'", "--set")
+    assert error.fix == "did you mean 'mult'?"
     assert only_error(MINIMAL, M=0.25).fix == "the recipe has no `params:`"
+
+
+def test_a_long_value_is_shown_shortened() -> None:
+    error = only_error("word " * 999)
+
+    assert len(error.what) < 120
+    assert "'word word " in error.what
+
+
+def test_set_of_an_unknown_parameter_hides_no_mistake_of_the_recipe() -> None:
+    found = errors_of(with_line("oops: 1\nbase: X"), M=0.25)
+
+    assert [error.where.rpartition(":")[2] for error in found] == ["--set", "5", "6"]
 
 
 # --- unused ------------------------------------------------------------------------------------

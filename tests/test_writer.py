@@ -427,7 +427,7 @@ ERRORS = [
     (errno.EACCES, "the folder cannot be written to", "check its rights"),
     (errno.EPERM, "the folder cannot be written to", "check its rights"),
     (errno.EROFS, "the folder cannot be written to", "check its rights"),
-    (errno.EFBIG, "larger than this disk or this process may hold", "shard_size"),
+    (errno.EFBIG, "larger than a file may be here; nothing was left", "shard_size"),
     (errno.EIO, f"cannot be written: {os.strerror(errno.EIO)}", ""),
 ]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.errors import InputError
-from ckptools.family import Detection, Family, detect, family_of
+from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.keymap import key_map, key_map_ids
 from ckptools.lora import AdapterFile, group, load_kinds, scale_of
 from ckptools.lora.group import PEFT_CONFIG, Module
@@ -135,7 +135,7 @@ def open_adapter(path: Path, *, allow_unknown: bool = False) -> Iterator[Adapter
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
-                f"this is a {detection.kind.replace('_', ' ')}, not an adapter",
+                f"this is {kind_words(detection)}, not an adapter",
                 where=str(path),
                 fix="give a LoRA or LyCORIS file",
             )
@@ -154,9 +154,8 @@ def open_model(path: Path) -> Iterator[Model]:
         detection = detect(checkpoint, checkpoint.metadata)
         family = family_of(detection)
         if family.id not in key_map_ids():
-            what = "unknown" if detection.family is None else detection.kind.replace("_", " ")
             raise InputError(
-                f"this is {what}, not a model that adapters are known for",
+                f"this is {kind_words(detection)}, not a model that adapters are known for",
                 where=str(path),
                 fix=f"give a whole model: {', '.join(key_map_ids())}",
             )

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _KEPT_PARTS = ("dora_scale", "magnitude", "diff_b")
 _FULL_PARTS = ("diff", "diff_b")
 
+_ROUNDING = 1e-6  # of the terms' norms: far above doubles' rounding, far below any LoRA
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -55,18 +57,30 @@ class Rewritten:
 
 @dataclass
 class _Error:
+    """How far the written modules are from the exact sums.
+
+    size  what `total` would be if nothing cancelled: of the factors' norms
+    """
+
     total: float = 0.0
     missed: float = 0.0
+    size: float = 0.0
 
     def add(self, exact: tuple[Tensor, Tensor], stored: Mapping[str, Tensor], scale: float) -> None:
         up = stored["up"].flatten(1).double() * scale
         held = (up, stored["down"].flatten(1).double())
         self.total += product_norm(*exact) ** 2
+        self.size += float(exact[0].norm() * exact[1].norm()) ** 2
         self.missed += difference_norm(exact, held) ** 2
 
     @property
     def relative(self) -> float:
         return math.sqrt(self.missed / self.total) if self.total else 0.0
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the exact sums are nothing but what rounding left of terms that cancel."""
+        return self.size > 0 and self.total <= _ROUNDING**2 * self.size
 
 
 @dataclass(frozen=True)
@@ -281,6 +295,10 @@ def concatenate(
             if kind:
                 carried.append((name, kind))
             progress.advance(1)
+        if error.is_rounding and all(_is_low_rank_sum(each) for each in sums.values()):
+            raise UsageError(
+                "the adapters cancel each other out: nothing is left", fix="check --weights"
+            )
         for adapter in adapters:
             _copy_embeddings(adapter, writer)
         family = known.family.id if known else next((a.fits[0].family for a in adapters if a.fits),
@@ -382,7 +400,7 @@ def _write_sum(
 ) -> str:
     """Write one module; its kind where it was carried as it is, else ""."""
     modules = items.modules
-    if all(is_low_rank(module) and not module.dora for module in modules):
+    if _is_low_rank_sum(items):
         exact, extra = _stacked(name, items)
         small = exact.within(budget)
         stored = writer.add(name, {**small.parts, **extra}, rank=small.down.shape[0])
@@ -401,6 +419,10 @@ def _write_sum(
         where=name,
         fix="bake them into the model one after the other instead",
     )
+
+
+def _is_low_rank_sum(items: _Sum) -> bool:
+    return all(is_low_rank(module) and not module.dora for module in items.modules)
 
 
 def _stacked(name: str, items: _Sum) -> tuple[Factors, dict[str, Tensor]]:

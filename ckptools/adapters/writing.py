@@ -82,6 +82,8 @@ class Written:
 
 def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
     """Refuse an output that is an input, exists, or cannot be, before any work is done."""
+    if output.is_dir():
+        raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
     if output.suffix != ".safetensors":
         raise OutputError(
             f"the output {str(output)!r} does not end in .safetensors",
@@ -89,8 +91,6 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         )
     if not output.parent.is_dir():
         raise OutputError(f"there is no folder {str(output.parent)!r}", fix="make it first")
-    if output.is_dir():
-        raise OutputError(f"the output {str(output)!r} is a folder")
     if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
         raise OutputError(
             f"the output {str(output)!r} is one of the inputs", fix="write to another file"
@@ -119,7 +119,7 @@ class AdapterWriter:
     def __enter__(self) -> Self:
         try:
             self._spool: IO[bytes] = self._stack.enter_context(
-                tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-")
+                tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-", buffering=0)
             )
         except OSError as exc:
             raise output_error(exc, self.output) from exc
@@ -199,8 +199,10 @@ class AdapterWriter:
     def _append(self, spec: TensorSpec, data: bytes | memoryview) -> None:
         if spec.name in self._specs:
             raise InputError("is written twice", where=spec.name)
+        view = memoryview(data).cast("B")
         try:
-            self._spool.write(data)
+            while view:
+                view = view[self._spool.write(view) :]
         except OSError as exc:
             raise output_error(exc, self.output) from exc
         self._specs[spec.name] = (spec, self._end)

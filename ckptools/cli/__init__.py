@@ -85,6 +85,8 @@ def group() -> None:
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     gc.set_threshold(*_COLLECT_RARELY)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table in a locale that has no such letters
     for number in _TERMINATING:
         signal.signal(number, _on_terminate)
     code = run(sys.argv[1:])
@@ -123,9 +125,15 @@ def run(arguments: list[str]) -> int:
 def _show(error: CkptError, command: str, *, as_json: bool) -> int:
     from ckptools import report
 
-    if as_json:
-        report.show_json(command, {"error": report.error_json(error)})
-    else:
+    is_told = False
+    try:
+        if as_json:
+            report.show_json(command, {"error": report.error_json(error)})
+        sys.stdout.flush()
+        is_told = as_json
+    except OSError:  # a full disk: stdout may be what failed
+        sys.stdout = io.StringIO()  # nothing is left to flush to
+    if not is_told:
         report.show_error(error)
     return error.exit_code
 
@@ -134,7 +142,9 @@ def _usage_error(error: click.ClickException, command: str, *, as_json: bool) ->
     if as_json:
         from ckptools import report
 
-        body = {"code": "usage", "message": error.format_message(), "where": "", "fix": ""}
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        fix = f"see {path} --help" if path else ""
+        body = {"code": "usage", "message": error.format_message(), "where": "", "fix": fix}
         report.show_json(command, {"error": body})
     else:
         error.show()

@@ -23,6 +23,8 @@ def _dtypes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
             raise click.BadParameter(
                 f"{text!r} is not a dtype ({', '.join(_DTYPES)}) or COMPONENT=DTYPE"
             )
+        if (component or "default") in dtypes:
+            raise click.BadParameter(f"two dtypes for {component or 'all'}")
         dtypes[component or "default"] = _DTYPES[dtype]
     return dtypes
 

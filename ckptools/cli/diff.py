@@ -47,6 +47,8 @@ def command(
     if structure and explain_by:
         raise UsageError("--structure reads no values, --explain-by needs them",
                          fix="leave one of them out")  # fmt: skip
+    if html is not None:
+        report_diff.check_html(html)
     with nullcontext() if quiet or as_json else report.BarProgress() as progress:
         found = compare(a, b, structure=structure, explain_by=explain_by, progress=progress)
     if html is not None:

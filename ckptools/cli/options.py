@@ -16,6 +16,8 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     settings: dict[str, float] = {}
     for text in values:
         name, equals, number = text.partition("=")
+        if name in settings:
+            raise click.BadParameter(f"{name!r} is given twice")
         try:
             settings[name] = float(number)
         except ValueError:
@@ -56,19 +58,20 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
     """The recipe with the command line's changes."""
     from dataclasses import replace
 
-    from ckptools.errors import RecipeError
+    from ckptools.errors import UsageError
     from ckptools.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides=settings)
     if output is None:
         return loaded
     if output.suffix != ".safetensors":
-        raise RecipeError(
+        raise UsageError(
             f"the output {str(output)!r} does not end in .safetensors",
             where="--output",
             fix=f"write {str(output) + '.safetensors'!r}",
         )
-    return replace(loaded, output=replace(loaded.output, path=str(output.absolute())))
+    path = str(output.absolute())
+    return replace(loaded, output=replace(loaded.output, path=path, where="--output"))
 
 
 def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
+import ckptools
 from ckptools import rendering
 from ckptools.cli import run
 from ckptools.errors import InputError, OutputError, UsageError
@@ -37,7 +38,7 @@ from ckptools.render.prompts import clip_tokenizer
 from ckptools.render.sheet import contact_sheet
 from ckptools.rendering import Order, Progress, Row, file_subject, render, render_files
 
-TINY = Path(rendering.__file__).parent / "tiny"
+TINY = Path(ckptools.__file__).parent / "tiny"
 PROMPT = "a red circle on a navy background"
 QUICK = Order(
     prompts=(Probe("circle", PROMPT), Probe("star", "a yellow star on a black background")),
@@ -158,7 +159,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_forgets_what_was_not_used_for_longest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "_CACHE_BYTES", 20_000)
+    monkeypatch.setattr("ckptools.rendering.cache._CACHE_BYTES", 20_000)
     sources = [TINY / "C.safetensors"], replace(QUICK, seeds=(1, 2, 3, 4), steps=1)
 
     render_files(*sources, tmp_path / "one", beside=[TINY / "A.safetensors"])
@@ -197,8 +198,7 @@ def test_before_save_a_failing_merge_leaves_the_old_file_alone(
     old = tmp_path / "merged.safetensors"
     old.write_bytes(b"what was here")
     monkeypatch.setattr(
-        rendering,
-        "_finite",
+        "ckptools.rendering.judging._finite",
         lambda label, cells: rendering.Check("finite", label, 1, 0, "fail", "a NaN", ()),
     )
 

@@ -111,6 +111,13 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     metavar="FILE",
     help="Compare with this model (repeatable). A recipe's models are there already.",
 )
+@click.option(
+    "--scores",
+    type=_FILE,
+    default=None,
+    metavar="FOLDER",
+    help="Score the pictures by this CLIP model (of transformers), for information.",
+)
 @click.option("--device", default=None, metavar="NAME", help="auto, cpu, cuda or mps.")
 @click.option("--no-cache", is_flag=True, help="Draw the compared models' pictures again.")
 @set_option
@@ -129,8 +136,8 @@ def command(
     seeds: tuple[int, ...], steps: int | None, sampler: str | None, guidance: float | None,
     size: tuple[int, int] | None, clip_skip: int | None, image: Path | None, mask: Path | None,
     strength: float | None, control: Path | None, condition: str | None,
-    config: Path | None, vae: Path | None,
-    beside: tuple[Path, ...], device: str | None, no_cache: bool, settings: Mapping[str, float],
+    config: Path | None, vae: Path | None, beside: tuple[Path, ...], scores: Path | None,
+    device: str | None, no_cache: bool, settings: Mapping[str, float],
     output: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Draw test pictures with models, compare and check them.
@@ -152,7 +159,7 @@ def command(
         "prompts": numbered(prompts), "probes": probes, "negative": negative, "seeds": seeds,
         "steps": steps, "sampler": sampler, "cfg": guidance, "size": size, "image": image,
         "clip_skip": clip_skip, "mask": mask, "strength": strength, "control": control,
-        "condition": condition, "config": config, "vae": vae, "device": device,
+        "condition": condition, "config": config, "vae": vae, "device": device, "scores": scores,
     }  # fmt: skip
     given = {name: value for name, value in said.items() if value not in (None, False, ())}
     quietly = quiet or as_json

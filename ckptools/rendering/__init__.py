@@ -11,6 +11,7 @@ pictures are kept in the user's cache, by what the files hold. Prints nothing.
     subjects   the models that draw
     studio     the drawing, one model after the other
     judging    figures of pictures, and verdicts
+    scoring    scores by a CLIP model: no verdicts
     reports    the folder's files
     cache      parents' pictures from other days
     records    the data that all of them hand round
@@ -31,10 +32,12 @@ from ckptools.rendering.records import (
     RenderFailedError,
     Rendering,
     Row,
+    Score,
     Subject,
     Verdict,
 )
 from ckptools.rendering.reports import as_json, versions
+from ckptools.rendering.scoring import mean_scores
 from ckptools.rendering.studio import render
 from ckptools.rendering.subjects import file_subject, parents_of
 from ckptools.rendering.ways_in import (
@@ -53,6 +56,7 @@ __all__ = [
     "RenderFailedError",
     "Rendering",
     "Row",
+    "Score",
     "Subject",
     "Verdict",
     "as_json",
@@ -60,6 +64,7 @@ __all__ = [
     "check_section",
     "default_folder",
     "file_subject",
+    "mean_scores",
     "numbered",
     "parents_of",
     "render",

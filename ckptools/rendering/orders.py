@@ -40,6 +40,7 @@ class Order:
     config     a weightless diffusers folder, for models of unusual width
     vae        a VAE's file in place of the models' own
     check      run the checks of `ckptools check` on what is drawn with, too
+    scores     a CLIP model's folder, to score pictures by: information, no check
     """
 
     prompts: tuple[Probe, ...] = ()
@@ -63,6 +64,7 @@ class Order:
     device: str = "auto"
     dtype: str = "auto"
     check: bool = False
+    scores: Path | None = None
 
 
 def section_order(recipe: Recipe) -> Order:
@@ -81,7 +83,7 @@ def section_order(recipe: Recipe) -> Order:
     for theirs, ours in (("guidance", "cfg"), ("image_guidance", "image_cfg")):
         if theirs in given:
             given[ours] = given.pop(theirs)
-    for name in ("image", "mask", "control", "config", "vae"):
+    for name in ("image", "mask", "control", "config", "vae", "scores"):
         if name in given:
             given[name] = recipe.path.parent / Path(given[name]).expanduser()
     beside = recipe.path.parent / Path(given.get("condition", "")).expanduser()
@@ -132,6 +134,10 @@ def check_order(order: Order) -> None:
         raise UsageError(
             "a condition without a ControlNet", fix="give its file with --control, or `control:`"
         )
+    if order.scores is not None:
+        from ckptools.render.scores import check_scorer
+
+        check_scorer(order.scores)
 
 
 def settle(pipeline: Pipeline, order: Order) -> tuple[tuple[Probe, ...], Request, list[str]]:

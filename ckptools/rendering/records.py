@@ -6,7 +6,7 @@ Data only; how any of it comes about is known to the other modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,6 +78,18 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a CLIP model makes of one picture: 100 * cosine; information, no verdict.
+
+    text      how well it fits its prompt; None for edits, whose prompts describe no picture
+    likeness  parent's label → how like it is to the parent's picture of the same prompt and seed
+    """
+
+    text: float | None
+    likeness: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Row:
     """A prompt with a seed: the same for every model."""
 
@@ -99,6 +111,7 @@ class Rendering:
     models       label → sha256 of its files where known, family, variant …
     settings     what all pictures have in common
     interrupted  it was stopped: pictures are missing
+    scores       (label, row number) → score, where a CLIP model was given; scored_by: that model
     """
 
     title: str
@@ -112,6 +125,8 @@ class Rendering:
     settings: Mapping[str, Any]
     seconds: float
     interrupted: bool = False
+    scores: Mapping[tuple[str, int], Score] = field(default_factory=dict)
+    scored_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:

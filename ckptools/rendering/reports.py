@@ -11,7 +11,8 @@ from typing import Any
 
 from ckptools.errors import OutputError
 from ckptools.manifest import version
-from ckptools.rendering.records import Rendering, Subject
+from ckptools.rendering.records import Rendering, Score, Subject
+from ckptools.rendering.scoring import mean_scores
 
 
 def as_json(rendering: Rendering) -> dict[str, object]:
@@ -43,9 +44,13 @@ def as_json(rendering: Rendering) -> dict[str, object]:
                 "seconds": round(drawn.seconds, 3),
                 "cached": drawn.cached,
                 **{name: json_number(value) for name, value in drawn.figures.items()},
+                "scores": _score_json(rendering.scores[label, row])
+                if (label, row) in rendering.scores
+                else None,
             }
             for (label, row), drawn in rendering.pictures.items()
         ],
+        "scores": _scores_json(rendering),
         "folder": str(rendering.folder),
         "sheet": rendering.sheet.name,
         "report": rendering.report.name,
@@ -56,6 +61,18 @@ def as_json(rendering: Rendering) -> dict[str, object]:
         "seconds": round(rendering.seconds, 3),
         "versions": versions(),
     }
+
+
+def _score_json(score: Score) -> dict[str, object]:
+    return {"text": score.text, "likeness": dict(score.likeness)}
+
+
+def _scores_json(rendering: Rendering) -> dict[str, object] | None:
+    """The means of every model; None where no CLIP model was given."""
+    if not rendering.scores:
+        return None
+    models = {label: _score_json(score) for label, score in mean_scores(rendering).items()}
+    return {**rendering.scored_by, "models": models}
 
 
 def json_number(value: Any) -> Any:
@@ -136,6 +153,7 @@ def _page_data(rendering: Rendering) -> dict[str, Any]:
             for number, row in enumerate(rendering.rows)
         ],
         "checks": document["checks"],
+        "scores": document["scores"],
         "notes": document["notes"],
         "settings": document["settings"],
         "models": document["models"],

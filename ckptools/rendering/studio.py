@@ -18,6 +18,7 @@ from ckptools.rendering.judging import judge, measure
 from ckptools.rendering.orders import Order, settle
 from ckptools.rendering.records import Check, Drawn, Progress, Rendering, Row, Subject
 from ckptools.rendering.reports import write_reports
+from ckptools.rendering.scoring import scored
 from ckptools.rendering.subjects import sha256s_of
 
 if TYPE_CHECKING:
@@ -69,9 +70,22 @@ def render(
         interrupted=interrupted,
     )
     rendering = replace(rendering, checks=(*judge(rendering), *studio.deeper))
+    if order.scores is not None and rendering.pictures:
+        rendering = _scored(rendering, order.scores, order.device, progress)
     if rendering.pictures:
         write_reports(rendering)
     return rendering
+
+
+def _scored(rendering: Rendering, folder: Path, device: str, progress: Progress) -> Rendering:
+    """With scores, where nobody is in a hurry: an interruption ends the scoring too."""
+    if not rendering.interrupted:
+        progress.loading(folder.name)
+        try:
+            return scored(rendering, folder, device=device)
+        except KeyboardInterrupt:
+            rendering = replace(rendering, interrupted=True)
+    return replace(rendering, notes=(*rendering.notes, "interrupted: the pictures are not scored"))
 
 
 def _make(folder: Path) -> None:

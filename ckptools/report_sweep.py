@@ -80,7 +80,7 @@ def sweep_json(found: Swept, files: Written) -> dict[str, object]:
         "prompts": list(found.prompts),
         "seeds": list(found.draws.seeds),
         "parents": {
-            name: {"losses": _numbers(looks.losses), "images": _paths(looks)}
+            name: {"losses": _numbers(looks.losses), "fits": looks.fits, "images": _paths(looks)}
             for name, looks in found.parents.items()
         },
         "variants": [_variant_json(variant) for variant in found.variants],
@@ -98,10 +98,13 @@ def _variant_json(variant: Variant) -> dict[str, object]:
     return {
         "params": dict(variant.params),
         "distances": {
-            name: _numbers({"pixels": d.pixels, "latents": d.latents, "weights": d.weights})
+            name: _numbers(
+                {"pixels": d.pixels, "latents": d.latents, "weights": d.weights, "alike": d.alike}
+            )
             for name, d in variant.distances.items()
         },
         "losses": _numbers(variant.looks.losses),
+        "fits": variant.looks.fits,
         "verdict": variant.verdict,
         "reasons": list(variant.reasons),
         "image": _paths(variant.looks)[0],
@@ -139,6 +142,8 @@ def show_sweep(found: Swept, files: Written) -> None:
         )  # fmt: skip
     _show_table(table)
     show_line("from: RMS difference of the pictures, 0 to 1 · loss: less is nearer to that parent")
+    if found.draws.scores is not None and not found.interrupted:
+        _show_scores(found, found.draws.scores.resolve().name)
     for note in found.notes:
         show_line(f"note: {note}")
     for path in (files.sheet, files.curve, files.report):
@@ -151,6 +156,24 @@ def show_sweep(found: Swept, files: Written) -> None:
 
 def _short(value: float | None) -> str:
     return "·" if value is None else f"{value:.3f}"
+
+
+def _show_scores(found: Swept, model: str) -> None:
+    """What the CLIP model says of every variant, beside what it says of the parents."""
+    parents = list(found.parents)
+    table = _table("variant", "fits its prompts", *(f"like {name}" for name in parents),
+                   numbers=range(1, len(parents) + 2))  # fmt: skip
+    for name, looks in found.parents.items():
+        _row(table, name, _score(looks.fits), *("·" for _ in parents))
+    for variant in found.variants:
+        alike = [_score(variant.distances[name].alike) for name in parents]
+        _row(table, label(variant.params), _score(variant.looks.fits), *alike)
+    _show_table(table)
+    show_line(f"100 x cosine by the CLIP model {model}, for information")
+
+
+def _score(value: float | None) -> str:
+    return "·" if value is None else f"{value:.1f}"
 
 
 class SweepBars(BarProgress, SweepProgress):
@@ -316,6 +339,7 @@ def html_page(found: Swept) -> str:
                 "name": name,
                 "file": Path(found.recipe.models[name].path).name,
                 "losses": _numbers(looks.losses),
+                "fits": looks.fits,
                 "pictures": _uris(looks),
             }
             for name, looks in found.parents.items()

@@ -41,6 +41,8 @@ from ckptools.workflow import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ckptools.checkpoint import Checkpoint
     from ckptools.render import Picture, Pipeline, Request
 
@@ -64,6 +66,7 @@ class Draws:
 
     size    (width, height) in pixels
     device  "auto", "cpu", "cuda" …; dtype: "auto", fp16, bf16 or fp32
+    scores  a CLIP model's folder, to score pictures by: information, no verdict
     """
 
     prompts: tuple[str, ...] = ()
@@ -75,6 +78,7 @@ class Draws:
     size: tuple[int, int] | None = None
     device: str = "auto"
     dtype: str = "auto"
+    scores: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,7 @@ class Looks:
     images        a file for each picture: prompts one after the other, all seeds of each
     losses        parent -> mean loss on the pictures that the parent drew
     swap_seconds  until the pipeline held it; swap_bytes: what was written into the pipeline
+    fits          100 * cosine of pictures and prompts by a CLIP model, mean; None without one
     """
 
     name: str
@@ -92,6 +97,7 @@ class Looks:
     losses: Mapping[str, float] = field(default_factory=dict)
     swap_seconds: float = 0.0
     swap_bytes: int = 0
+    fits: float | None = None
 
     @property
     def loss(self) -> float:
@@ -107,11 +113,13 @@ class Apart:
     latents  the same of the latents
     weights  |variant - parent| / |parent| over the tensors that change; None for a parent of
              another architecture
+    alike    100 * cosine of the same pictures by a CLIP model, mean over them; None without one
     """
 
     pixels: float
     latents: float
     weights: float | None
+    alike: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +187,18 @@ def sweep(
     if len(combined) > MAX_VARIANTS:
         raise UsageError(f"{len(combined):,} variants", fix=f"{MAX_VARIANTS} at most: fewer values")
     _check_metric(save_best, [*recipe.models])
+    draws = draws or Draws()
+    if draws.scores is not None:
+        from ckptools.render.scores import check_scorer
+
+        check_scorer(draws.scores)
     _check_folder(folder, force=force)
     started = time.perf_counter()
     may_replace = force or not save_best  # else nothing is written there
     with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
         (progress or Progress()).planned(plans[-1])
         check_pins(plans[0].sources, hash_inputs=False, progress=progress or Progress())
-        run = _Run(plans, combined, draws or Draws(), folder, progress or SweepProgress())
+        run = _Run(plans, combined, draws, folder, progress or SweepProgress())
         with made_folder(folder / "images"):
             found = run.all(memory_bytes)
     found = replace(found, recipe=recipe, axes={n: tuple(v) for n, v in axes.items()})
@@ -203,6 +216,10 @@ def draws_of(recipe: Recipe) -> Draws:
         "guidance": "guidance", "size": "size", "device": "device", "dtype": "dtype",
     }  # fmt: skip
     given: dict[str, Any] = {names[k]: v for k, v in recipe.render.options.items() if k in names}
+    if "scores" in recipe.render.options:
+        given["scores"] = (
+            recipe.path.parent / Path(str(recipe.render.options["scores"])).expanduser()
+        )
     return Draws(prompts=tuple(prompt.text for prompt in recipe.render.prompts), **given)
 
 
@@ -313,6 +330,7 @@ class _Run:
         self.pipeline: Pipeline | None = None
         self.sinks: dict[int, Any] = {}
         self.prompts: tuple[str, ...] = draws.prompts
+        self.seen: dict[str, NDArray[np.float64]] = {}  # what a CLIP model makes of the pictures
         self.total = (len(combined) + len(self.alike) + len(self.apart)) * len(draws.seeds)
 
     def _drawing_parents(self) -> list[Source]:
@@ -334,6 +352,8 @@ class _Run:
             if not self.looks and not self.parents:
                 raise
             interrupted = True
+            if self.draws.scores is not None and not self.seen:
+                self.notes.append("interrupted: the pictures are not scored")
         variants = tuple(self._variant(number) for number in sorted(self.looks))
         return Swept(
             recipe=self.plan.recipe,
@@ -369,6 +389,27 @@ class _Run:
                 if number == self.first:
                     self._finish_parents()
                 self._show(number)
+        if self.draws.scores is not None:
+            self._score(self.draws.scores)
+
+    def _score(self, folder: Path) -> None:
+        """Have a CLIP model look at all pictures; edits are not held against their prompts."""
+        from ckptools.render.scores import embed_pictures, embed_texts, likeness, load_scorer
+
+        scorer = load_scorer(folder, device=self.draws.device)
+        told = embed_texts(scorer, [p for p in self.prompts for _ in self.draws.seeds])
+        is_edit = self._drawer().blueprint.variant == "ip2p"
+        everyone: list[tuple[dict[Any, Looks], Any]] = [
+            *((self.parents, name) for name in self.parents),
+            *((self.looks, number) for number in self.looks),
+        ]
+        seen = {}
+        for group, key in everyone:
+            looks = group[key]
+            seen[looks.name] = embed_pictures(scorer, [p.pixels for p in looks.pictures])
+            fits = [likeness(*pair) for pair in zip(seen[looks.name], told, strict=True)]
+            group[key] = replace(looks, fits=None if is_edit else float(np.mean(fits)))
+        self.seen = seen
 
     # --- parents ---
 
@@ -547,9 +588,18 @@ class _Run:
             weights = self.distances.get((number, self.alike.index(name))) if is_alike else None
             pixels = [_rms(a.pixels / 255.0, b.pixels / 255.0) for a, b in _pairs(looks, parent)]
             latents = [_rms(a.latents, b.latents) for a, b in _pairs(looks, parent)]
-            distances[name] = Apart(float(np.mean(pixels)), float(np.mean(latents)), weights)
+            alike = self._alike(looks.name, name)
+            distances[name] = Apart(float(np.mean(pixels)), float(np.mean(latents)), weights, alike)
         verdict, reasons = judge(looks, list(self.parents.values()))
         return Variant(self.combined[number - self.first], looks, distances, verdict, reasons)
+
+    def _alike(self, one: str, other: str) -> float | None:
+        from ckptools.render.scores import likeness
+
+        if not self.seen:
+            return None
+        pairs = zip(self.seen[one], self.seen[other], strict=True)
+        return float(np.mean([likeness(*pair) for pair in pairs]))
 
 
 def label(numbers: Mapping[str, float]) -> str:

@@ -355,3 +355,60 @@ def test_an_interruption_while_scoring_keeps_the_pictures(
     assert document["scores"] is None
     assert "interrupted: the pictures are not scored" in document["notes"]
     assert (out / "sheet.png").is_file()
+
+
+# --- in a sweep ---------------------------------------------------------------------------------
+
+
+def write_sweep(folder: Path, scores: str = "") -> Path:
+    recipe = folder / "recipe.yaml"
+    models = ", ".join(f"{name}: '{TINY.as_posix()}/{name}.safetensors'" for name in "ABC")
+    recipe.write_text(
+        f"ckptools: 1\nmodels: {{{models}}}\nparams: {{M: 1}}\nmerge: A + (B - C) * M\n"
+        "output: {path: out.safetensors}\n"
+        f"render: {{prompts: [{PROMPTS[0]}], seeds: [1], steps: 2, device: cpu{scores}}}\n"
+    )
+    return recipe
+
+
+def test_a_sweep_is_scored_and_judged_as_without(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(saved, tmp_path / "CLIP")
+    recipe = write_sweep(tmp_path, ", scores: CLIP")
+    words = ["sweep", str(recipe), "--set", "M=0,1"]
+    assert run([*words, "--json", "-o", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run([*words, "-o", str(tmp_path / "shown"), "--scores", str(saved)]) == 0
+    shown = capsys.readouterr().out
+    write_sweep(tmp_path)
+    assert run([*words, "--json", "-o", str(tmp_path / "plain")]) == 0
+    plain = json.loads(capsys.readouterr().out)
+
+    paths = [Path(found["parents"][name]["images"][0]) for name in "ABC"]
+    paths += [Path(variant["image"]) for variant in found["variants"]]
+    texts, likes = by_transformers(saved, paths, PROMPTS[:1])
+    for number, name in enumerate("ABC"):
+        assert found["parents"][name]["fits"] == pytest.approx(texts[number, 0], abs=1e-3)
+    for number, variant in enumerate(found["variants"], start=3):
+        assert variant["fits"] == pytest.approx(texts[number, 0], abs=1e-3)
+        for parent, name in enumerate("ABC"):
+            alike = variant["distances"][name]["alike"]
+            assert alike == pytest.approx(likes[number, parent], abs=1e-3)
+    assert found["variants"][0]["distances"]["A"]["alike"] == pytest.approx(100)
+    assert [v["verdict"] for v in found["variants"]] == [v["verdict"] for v in plain["variants"]]
+    assert plain["variants"][0]["fits"] is None
+    assert plain["parents"]["A"]["fits"] is None
+    assert "fits its prompts" in shown
+    assert "100 x cosine by the CLIP model tiny-clip" in shown
+
+
+def test_a_sweep_with_a_wrong_folder_draws_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_sweep(tmp_path, ", scores: nowhere")
+
+    assert run(["sweep", str(recipe), "--set", "M=0,1"]) == 2
+
+    assert "there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out-sweep").exists()

@@ -69,6 +69,7 @@ def judge(rendering: Rendering) -> Iterator[Check]:
             yield _clipped(subject.label, cells, beside)
             yield _strength(subject.label, cells, beside)
             yield from _smooth(subject.label, cells, beside)
+        yield from _control(rendering, subject.label, cells)
         distance = _prompt_distance(rendering, subject.label)
         if distance is not None:
             theirs = [_prompt_distance(rendering, parent) for parent in parents]
@@ -79,7 +80,11 @@ _Cells = Mapping[int, Drawn]
 
 
 def _cells(rendering: Rendering, label: str) -> dict[int, Drawn]:
-    return {row: drawn for (who, row), drawn in rendering.pictures.items() if who == label}
+    return _cells_of(rendering.pictures, label)
+
+
+def _cells_of(pictures: Mapping[tuple[str, int], Drawn], label: str) -> dict[int, Drawn]:
+    return {row: drawn for (who, row), drawn in pictures.items() if who == label}
 
 
 def _figure(cells: _Cells, name: str) -> list[float]:
@@ -165,6 +170,25 @@ def _smooth(label: str, cells: _Cells, beside: Sequence[_Cells]) -> Iterator[Che
     verdict = _graded(-value / worst, -0.6, -0.3)
     reason = f"neighbouring latents correlate by {value:.2f}, the parents' by {worst:.2f} or more"
     yield Check("noise", label, value, 0.3 * worst, verdict, reason)
+
+
+def _control(rendering: Rendering, label: str, cells: _Cells) -> Iterator[Check]:
+    """What the ControlNet does, where pictures without it were drawn."""
+    from ckptools.check import judge_control
+
+    without = _cells_of(rendering.uncontrolled, label)
+    rows = [row for row in without if row in cells]
+    if rendering.condition is None or not rows:
+        return
+    found = judge_control(
+        [cells[row].pixels for row in rows],
+        [without[row].pixels for row in rows],
+        rendering.condition,
+        inside=rendering.redrawn,
+    )
+    for each in found:
+        where = tuple((label, row) for row in rows) if each.verdict != "pass" else ()
+        yield Check(each.id, label, each.value, each.bound, each.verdict, each.reason, where)
 
 
 def _prompt_distance(rendering: Rendering, label: str) -> float | None:

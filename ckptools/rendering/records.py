@@ -111,6 +111,9 @@ class Rendering:
     models       label → sha256 of its files where known, family, variant …
     settings     what all pictures have in common
     interrupted  it was stopped: pictures are missing
+    condition    (height, width, 3) uint8: the ControlNet's picture; None without one
+    redrawn      (height, width) bool: what was drawn anew, where there is a mask; else everything
+    uncontrolled (label, row number) → the same picture without the ControlNet, of a few rows
     scores       (label, row number) → score, where a CLIP model was given; scored_by: that model
     """
 
@@ -125,6 +128,9 @@ class Rendering:
     settings: Mapping[str, Any]
     seconds: float
     interrupted: bool = False
+    condition: NDArray[np.uint8] | None = None
+    redrawn: NDArray[np.bool_] | None = None
+    uncontrolled: Mapping[tuple[str, int], Drawn] = field(default_factory=dict)
     scores: Mapping[tuple[str, int], Score] = field(default_factory=dict)
     scored_by: Mapping[str, Any] = field(default_factory=dict)
 

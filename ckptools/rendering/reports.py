@@ -5,14 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import OutputError
 from ckptools.manifest import version
-from ckptools.rendering.records import Rendering, Score, Subject
+from ckptools.rendering.records import Drawn, Rendering, Score, Subject
 from ckptools.rendering.scoring import mean_scores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_CONDITION = "condition.png"
 
 
 def as_json(rendering: Rendering) -> dict[str, object]:
@@ -51,6 +59,7 @@ def as_json(rendering: Rendering) -> dict[str, object]:
             for (label, row), drawn in rendering.pictures.items()
         ],
         "scores": _scores_json(rendering),
+        "control": _control_json(rendering),
         "folder": str(rendering.folder),
         "sheet": rendering.sheet.name,
         "report": rendering.report.name,
@@ -75,6 +84,24 @@ def _scores_json(rendering: Rendering) -> dict[str, object] | None:
     return {**rendering.scored_by, "models": models}
 
 
+def _control_json(rendering: Rendering) -> dict[str, object] | None:
+    """The condition, and what was drawn without the ControlNet; None where there was none."""
+    if rendering.condition is None:
+        return None
+    return {
+        "condition": _CONDITION,
+        "without": [
+            {
+                "file": drawn.path.name,
+                "model": label,
+                "probe": rendering.rows[row].probe.id,
+                "seed": rendering.rows[row].seed,
+            }
+            for (label, row), drawn in rendering.uncontrolled.items()
+        ],
+    }
+
+
 def json_number(value: Any) -> Any:
     """JSON has neither NaN nor Inf."""
     is_bad = isinstance(value, float) and not abs(value) < float("inf")
@@ -91,34 +118,86 @@ def versions() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of sheet and page: a model's pictures, or what they are to be seen beside.
+
+    model   the subject's label; "" for the condition
+    parent  what is drawn is there to be compared with
+    extra   these are no pictures of a model as it was ordered
+    cells   row number → pixels; file: their names
+    """
+
+    label: str
+    title: str
+    model: str
+    parent: bool
+    extra: bool
+    cells: Mapping[int, NDArray[np.uint8]]
+
+
+def _columns(rendering: Rendering) -> list[_Column]:
+    """Parents, what the ControlNet starts from, then what was made of them."""
+    columns = []
+    subjects = in_columns(rendering)
+    for number, subject in enumerate(subjects):
+        if not subject.is_parent and (number == 0 or subjects[number - 1].is_parent):
+            columns += _before_control(rendering)
+        cells = _pixels(rendering.pictures, subject.label)
+        columns.append(
+            _Column(subject.label, subject.title, subject.label, subject.is_parent, False, cells)
+        )
+    return columns
+
+
+def _before_control(rendering: Rendering) -> list[_Column]:
+    if rendering.condition is None:
+        return []
+    labels = dict.fromkeys(label for label, _ in rendering.uncontrolled)
+    without = [
+        _Column(
+            f"{label}, no control", "without the ControlNet", label, True, True,
+            _pixels(rendering.uncontrolled, label),
+        )
+        for label in labels
+    ]  # fmt: skip
+    rows = dict.fromkeys(range(len(rendering.rows)), rendering.condition)
+    name = rendering.settings.get("control") or ""
+    return [*without, _Column("condition", f"for {name}", "", True, True, rows)]
+
+
+def _pixels(pictures: Mapping[tuple[str, int], Drawn], label: str) -> dict[int, NDArray[np.uint8]]:
+    return {row: drawn.pixels for (who, row), drawn in pictures.items() if who == label}
+
+
 def write_reports(rendering: Rendering) -> None:
-    """Write the folder's three files."""
-    from ckptools.render.files import save_image
+    """Write the folder's files beside the pictures: sheet, report and page, and the condition."""
+    from ckptools.render.files import save_image, write_picture
     from ckptools.render.page import html_page
     from ckptools.render.sheet import contact_sheet
 
-    order = in_columns(rendering)
+    columns = _columns(rendering)
     rows = rendering.rows
+    models = [None if column.extra else column.model for column in columns]
     image = contact_sheet(
-        [
-            [
-                drawn.pixels if (drawn := rendering.pictures.get((s.label, number))) else None
-                for s in order
-            ]
-            for number in range(len(rows))
-        ],
+        [[column.cells.get(number) for column in columns] for number in range(len(rows))],
         rows=[f"{row.probe.id}\n{row.probe.prompt}\nseed {row.seed}" for row in rows],
-        columns=[s.label if s.label == Path(s.title).stem else f"{s.label}\n{s.title}"
-                 for s in order],
+        columns=[
+            column.label if column.label == Path(column.title).stem
+            else f"{column.label}\n{column.title}"
+            for column in columns
+        ],
         title=rendering.title,
         failed={
-            (row, [s.label for s in order].index(label))
+            (row, models.index(label))
             for check in rendering.checks
             if check.verdict == "fail"
             for label, row in check.cells
         },
     )  # fmt: skip
     save_image(image, rendering.sheet)
+    if rendering.condition is not None:
+        write_picture(rendering.condition, rendering.folder / _CONDITION, {})
     document = {"schema": "ckptools.render/1", **as_json(rendering), "folder": "."}
     _write_text(rendering.folder / "report.json", json.dumps(document, indent=2) + "\n")
     _write_text(rendering.report, html_page(_page_data(rendering)))
@@ -132,23 +211,27 @@ def in_columns(rendering: Rendering) -> list[Subject]:
 def _page_data(rendering: Rendering) -> dict[str, Any]:
     document = as_json(rendering)
     images = {(item["model"], item["probe"], item["seed"]): item for item in document["images"]}  # type: ignore[attr-defined]  # it is the list above
+    columns = _columns(rendering)
+
+    def cell(column: _Column, number: int) -> dict[str, object] | None:
+        pixels, row = column.cells.get(number), rendering.rows[number]
+        if pixels is None:
+            return None
+        known = {} if column.extra else images[column.model, row.probe.id, row.seed]
+        return {"outside_mask": None, **known, "pixels": pixels}
+
     return {
         "title": rendering.title,
         "verdict": rendering.verdict,
         "interrupted": rendering.interrupted,
         "columns": [
-            {"label": s.label, "file": s.title, "parent": s.is_parent}
-            for s in in_columns(rendering)
+            {"label": c.label, "file": c.title, "parent": c.parent, "extra": c.extra}
+            for c in columns
         ],
         "rows": [
             {
                 "id": row.probe.id, "prompt": row.probe.prompt, "negative": row.probe.negative,
-                "seed": row.seed,
-                "cells": [
-                    {**images[s.label, row.probe.id, row.seed], "pixels": drawn.pixels}
-                    if (drawn := rendering.pictures.get((s.label, number))) is not None else None
-                    for s in in_columns(rendering)
-                ],
+                "seed": row.seed, "cells": [cell(column, number) for column in columns],
             }
             for number, row in enumerate(rendering.rows)
         ],

@@ -22,8 +22,14 @@ from ckptools.rendering.scoring import scored
 from ckptools.rendering.subjects import sha256s_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ckptools.check import Study
     from ckptools.render import ControlNet, Pipeline, Request
+
+
+_ROWS_WITHOUT = 2  # drawn without the ControlNet too: it costs a picture each
 
 
 def render(
@@ -68,6 +74,9 @@ def render(
         settings=MappingProxyType(studio.settings),
         seconds=time.perf_counter() - started,
         interrupted=interrupted,
+        condition=studio.condition,
+        redrawn=studio.redrawn,
+        uncontrolled=MappingProxyType(studio.uncontrolled),
     )
     rendering = replace(rendering, checks=(*judge(rendering), *studio.deeper))
     if order.scores is not None and rendering.pictures:
@@ -129,6 +138,7 @@ class _Studio:
         self.models: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
         self.deeper: list[Check] = []
+        self.uncontrolled: dict[tuple[str, int], Drawn] = {}
         self._study: Study | None = None
         self._requests: list[Request] = []
         self._place = (order.device, order.dtype)
@@ -183,9 +193,40 @@ class _Studio:
             if drawn is not None:
                 self._save(subject, number, drawn, sha256s)
             self._progress.drawn()
-
+        if pipeline is not None and control is not None and not subject.is_parent:
+            if self._order.control_scale >= 1:
+                self._draw_without(subject, pipeline, sha256s)
+            else:
+                self.notes.append(f"{subject.label}: with a weight below 1 the ControlNet is "
+                                  "not judged")  # fmt: skip
         if self._order.check and pipeline is not None and not subject.is_parent:
             self._check(subject, pipeline)
+
+    def _draw_without(self, subject: Subject, pipeline: Pipeline, sha256s: tuple[str, ...]) -> None:
+        """The first pictures once more without the ControlNet: to see, and to judge it by."""
+        for number, row in enumerate(self.rows[:_ROWS_WITHOUT]):
+            self._progress.drawing(f"{subject.label} without the ControlNet", row)
+            request = replace(self._requests[number], control=None)
+            drawn = self._draw(pipeline, None, request)
+            path = self._write(subject, number, drawn, sha256s, "--no-control")
+            self.uncontrolled[subject.label, number] = replace(drawn, path=path)
+            self._progress.drawn()
+
+    @property
+    def condition(self) -> NDArray[np.uint8] | None:
+        """The ControlNet's picture."""
+        return self._requests[0].control if self._requests else None
+
+    @property
+    def redrawn(self) -> NDArray[np.bool_] | None:
+        """What is drawn anew where there is an image; a mask leaves the rest as it is."""
+        first = self._requests[0] if self._requests else None
+        if first is None or first.image is None:
+            return None
+        import numpy as np
+
+        whole = np.ones(first.image.shape[:2], bool)
+        return whole if first.mask is None else first.mask >= 128
 
     def _study_parents(self) -> None:
         from ckptools.check import study_parents
@@ -252,7 +293,10 @@ class _Studio:
             "condition": self._order.condition or None,
             "control_scale": template.control_scale if self._order.control else None,
         }
-        self._progress.start(len(self.rows) * len(self.subjects))
+        judged = sum(not subject.is_parent for subject in self.subjects)
+        is_judged = self._order.control is not None and self._order.control_scale >= 1
+        without = judged * min(_ROWS_WITHOUT, len(self.rows)) if is_judged else 0
+        self._progress.start(len(self.rows) * len(self.subjects) + without)
 
     def _draw(self, pipeline: Pipeline, control: ControlNet | None, request: Request) -> Drawn:
         from ckptools.render import draw
@@ -269,10 +313,22 @@ class _Studio:
         return Drawn(picture.pixels, measure(picture, request), facts, seconds, False, Path())
 
     def _save(self, subject: Subject, number: int, drawn: Drawn, sha256s: tuple[str, ...]) -> None:
+        path = self._write(subject, number, drawn, sha256s)
+        self.pictures[subject.label, number] = replace(drawn, path=path)
+
+    def _write(
+        self,
+        subject: Subject,
+        number: int,
+        drawn: Drawn,
+        sha256s: tuple[str, ...],
+        ending: str = "",
+    ) -> Path:
+        """The picture's file."""
         from ckptools.render.files import infotext, write_picture
 
         row = self.rows[number]
-        name = _file_word(f"{subject.label}--{row.name}")
+        name = _file_word(f"{subject.label}--{row.name}{ending}")
         path = self._folder / f"{name}.png"
         said = infotext(
             row.probe.prompt,
@@ -283,7 +339,7 @@ class _Studio:
             more={"Version": f"ckptools {version()}"},
         )
         write_picture(drawn.pixels, path, {"parameters": said})
-        self.pictures[subject.label, number] = replace(drawn, path=path)
+        return path
 
 
 def _file_word(text: str) -> str:

@@ -37,7 +37,7 @@ from ckptools.plan import existing_folder
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.workflow import Progress, default_threads, made_folder, peak_memory_bytes
+from ckptools.workflow import Progress, default_threads, peak_memory_bytes
 from ckptools.writer import (
     Layout,
     PartFile,
@@ -45,6 +45,7 @@ from ckptools.writer import (
     index_document,
     index_path,
     lay_out,
+    made_folder,
     shard_paths,
     split_shards,
     sync_folder,

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import OutputError
+from ckptools.rendering import versions
+from ckptools.rendering.folder import REPORT
 from ckptools.report import (
     BarProgress,
     WarningsOnly,
@@ -25,7 +27,7 @@ from ckptools.report import (
     show_message,
     shown_path,
 )
-from ckptools.sweep import Looks, SweepProgress, Swept, Variant, label
+from ckptools.sweep import SCHEMA, Looks, SweepProgress, Swept, Variant, label
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,29 +50,46 @@ class Written:
 
 
 def write_report(found: Swept) -> Written:
-    """Write sheet.png, curve.png and report.html into the sweep's folder."""
+    """Write sheet.png, curve.png, report.html and report.json into the sweep's folder."""
     from ckptools.render.files import save_image
 
     files = Written(*(found.folder / name for name in ("sheet.png", "curve.png", "report.html")))
     save_image(sweep_sheet(found), files.sheet)
     save_image(sweep_curve(found), files.curve)
-    part = files.report.with_name("report.html.part")
-    try:
-        part.write_text(html_page(found), encoding="utf-8")
-        part.replace(files.report)
-    except OSError as exc:
-        raise OutputError(exc.strerror or str(exc), where=str(files.report)) from exc
+    _write_text(files.report, html_page(found))
+    document = {
+        "schema": SCHEMA,
+        **sweep_json(found, files, below=found.folder),
+        "versions": versions(),
+        "files": [
+            *(path.relative_to(found.folder).as_posix() for path in found.drawn),
+            *(path.name for path in (files.sheet, files.curve, files.report)),
+        ],
+    }
+    _write_text(found.folder / REPORT, json.dumps(document, indent=2, allow_nan=False) + "\n")
     return files
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as exc:
+        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
 
 
 # --- JSON and terminal --------------------------------------------------------------------------
 
 
-def sweep_json(found: Swept, files: Written) -> dict[str, object]:
-    """The contract keys of `sweep`, and more."""
+def sweep_json(found: Swept, files: Written, *, below: Path | None = None) -> dict[str, object]:
+    """The contract keys of `sweep`, and more.
+
+    below  write paths as seen from this folder, which may be moved
+    """
     best = {
         "params": dict(found.best.params),
-        "recipe": shown_path(found.best_recipe),
+        "recipe": _shown(found.best_recipe, below),
         **merge_json(found.best_merge),
     } if found.best and found.best_recipe and found.best_merge else None  # fmt: skip
     return {
@@ -80,13 +99,17 @@ def sweep_json(found: Swept, files: Written) -> dict[str, object]:
         "prompts": list(found.prompts),
         "seeds": list(found.draws.seeds),
         "parents": {
-            name: {"losses": _numbers(looks.losses), "fits": looks.fits, "images": _paths(looks)}
+            name: {
+                "losses": _numbers(looks.losses),
+                "fits": looks.fits,
+                "images": _paths(looks, below),
+            }
             for name, looks in found.parents.items()
         },
-        "variants": [_variant_json(variant) for variant in found.variants],
-        "sheet": shown_path(files.sheet),
-        "curve": shown_path(files.curve),
-        "report": shown_path(files.report),
+        "variants": [_variant_json(variant, below) for variant in found.variants],
+        "sheet": _shown(files.sheet, below),
+        "curve": _shown(files.curve, below),
+        "report": _shown(files.report, below),
         "best": best,
         "interrupted": found.interrupted,
         "notes": list(found.notes),
@@ -94,7 +117,7 @@ def sweep_json(found: Swept, files: Written) -> dict[str, object]:
     }
 
 
-def _variant_json(variant: Variant) -> dict[str, object]:
+def _variant_json(variant: Variant, below: Path | None = None) -> dict[str, object]:
     return {
         "params": dict(variant.params),
         "distances": {
@@ -107,14 +130,19 @@ def _variant_json(variant: Variant) -> dict[str, object]:
         "fits": variant.looks.fits,
         "verdict": variant.verdict,
         "reasons": list(variant.reasons),
-        "image": _paths(variant.looks)[0],
-        "images": _paths(variant.looks),
+        "image": _paths(variant.looks, below)[0],
+        "images": _paths(variant.looks, below),
         "swap_seconds": round(variant.looks.swap_seconds, 4),
     }
 
 
-def _paths(looks: Looks) -> list[str]:
-    return [shown_path(path) for path in looks.images]
+def _paths(looks: Looks, below: Path | None) -> list[str]:
+    return [_shown(path, below) for path in looks.images]
+
+
+def _shown(path: Path, below: Path | None) -> str:
+    is_inside = below is not None and path.is_relative_to(below)
+    return path.relative_to(below).as_posix() if below and is_inside else shown_path(path)
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -369,6 +397,9 @@ def _uri(pixels: NDArray[Any]) -> str:
 
 def show_interrupted(found: Swept) -> None:
     """What was done before Ctrl-C."""
-    done = len(found.variants)
+    done, parents = len(found.variants), len(found.parents)
     total = math.prod(len(values) for values in found.axes.values())
-    show_message(f"interrupted after {done} of {total} variants: they are kept in {found.folder}")
+    show_message(
+        f"interrupted after {done} of {total} variants and {parents} models: they are kept in "
+        f"{found.folder}"
+    )

@@ -22,12 +22,20 @@ import numpy as np
 import yaml
 
 from ckptools.engine import Settings
-from ckptools.errors import CkptError, OutputError, RecipeError, UsageError, nearest
+from ckptools.errors import (
+    CkptError,
+    Interrupted,
+    OutputError,
+    RecipeError,
+    UsageError,
+    nearest,
+)
 from ckptools.family import detect
 from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan, Source, make_plan
 from ckptools.recipe import Recipe, load_recipe, lora_weight, parse_recipe, with_numbers
+from ckptools.rendering.folder import check_folder, clear_folder
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
 from ckptools.workflow import (
@@ -35,10 +43,10 @@ from ckptools.workflow import (
     Progress,
     check_pins,
     default_threads,
-    made_folder,
     merge,
     planned,
 )
+from ckptools.writer import made_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +54,9 @@ if TYPE_CHECKING:
     from ckptools.checkpoint import Checkpoint
     from ckptools.render import Picture, Pipeline, Request
 
+SCHEMA = "ckptools.sweep/1"
 MAX_VARIANTS = 400
+_BEST = "best.yaml"
 _USUAL_PROMPTS = 2
 # Calibrated on small trained models, so they warn and do not fail: docs/sweeping.md
 _BARRIER, _BURNT, _FLAT = 1.15, 2.5, 0.3
@@ -141,6 +151,7 @@ class Swept:
     parents      model of the formula -> its own pictures
     prompts      drawn by every model, with every one of the seeds
     groups       how many variants and parents were made by each read of the sources
+    drawn        every picture's file, those of a model that was not finished too
     interrupted  ended by Ctrl-C: what was done until then
     best         what `save_best` chose, its merge, and its recipe
     """
@@ -156,6 +167,7 @@ class Swept:
     notes: tuple[str, ...]
     groups: tuple[int, ...]
     seconds: float
+    drawn: tuple[Path, ...] = ()
     interrupted: bool = False
     best: Variant | None = None
     best_recipe: Path | None = None
@@ -177,7 +189,8 @@ def sweep(
     """Draw and measure every combination of the parameters' numbers.
 
     axes          parameter -> numbers to try
-    folder        for the pictures; one that holds something is refused unless `force`
+    folder        for the pictures; one that holds more than an earlier sweep, which is replaced,
+                  is refused unless `force`
     save_best     see `choose`: that variant is merged to the recipe's output
     memory_bytes  that variants may be kept in; default: what is free, less what drawing takes
     """
@@ -192,7 +205,8 @@ def sweep(
         from ckptools.render.scores import check_scorer
 
         check_scorer(draws.scores)
-    _check_folder(folder, force=force)
+    check_folder(folder, SCHEMA, force=force)
+    _check_best(folder, save_best, force=force)
     started = time.perf_counter()
     may_replace = force or not save_best  # else nothing is written there
     with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
@@ -263,12 +277,11 @@ def _check_metric(metric: str, models: Sequence[str]) -> None:
             raise UsageError(f"{metric!r}: unknown model {name!r}", fix=nearest(name, models))
 
 
-def _check_folder(folder: Path, *, force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("this is a file", where=str(folder), fix="give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
+def _check_best(folder: Path, metric: str, *, force: bool) -> None:
+    """A recipe that an earlier sweep has written may have been worked on since."""
+    if metric and not force and (folder / _BEST).exists():
         raise OutputError(
-            "the folder is not empty", where=str(folder), fix="use --force, or another"
+            "there is one already", where=str(folder / _BEST), fix="use --force, or another folder"
         )
 
 
@@ -305,6 +318,7 @@ class _Run:
         self.folder, self.progress = folder, progress
         self.plan = plans[0]
         self.notes: list[str] = []
+        self.drawn: list[Path] = []
         self.groups: list[int] = []
         self.parents: dict[str, Looks] = {}
         self.looks: dict[int, Looks] = {}
@@ -348,9 +362,12 @@ class _Run:
         interrupted = False
         try:
             self._run(memory_bytes)
-        except KeyboardInterrupt:
-            if not self.looks and not self.parents:
+        except KeyboardInterrupt as exc:
+            if not self.drawn:
                 raise
+            if not self.parents:
+                kept = f"{len(self.drawn)} of {self.total} pictures are kept in {self.folder}"
+                raise Interrupted(f"interrupted; {kept}, without a report") from exc
             interrupted = True
             if self.draws.scores is not None and not self.seen:
                 self.notes.append("interrupted: the pictures are not scored")
@@ -367,6 +384,7 @@ class _Run:
             notes=tuple(self.notes),
             groups=tuple(self.groups),
             seconds=0.0,
+            drawn=tuple(self.drawn),
             interrupted=interrupted,
         )
 
@@ -522,7 +540,10 @@ class _Run:
             picture = draw(pipeline, request)
             path = self.folder / "images" / f"{_file_name(name)}-{spot}.png"
             text = infotext(request.prompt, request.negative, picture.facts, model=name)
+            if not self.drawn and (count := clear_folder(self.folder, SCHEMA)):
+                self.notes.append(f"{count} files of an earlier sweep were replaced")
             write_picture(picture.pixels, path, {"parameters": text})
+            self.drawn.append(path)
             pictures.append(picture)
             images.append(path)
         return tuple(pictures), tuple(images)
@@ -676,7 +697,7 @@ def _traits(checkpoint: Checkpoint) -> tuple[object, ...]:
 def _save_best(found: Swept, metric: str, *, force: bool, progress: Progress | None) -> Swept:
     """Write the best variant's recipe into the folder, and merge by it."""
     best = choose(found.variants, metric)
-    path = found.folder / "best.yaml"
+    path = found.folder / _BEST
     text = recipe_text(found.recipe, best.params, found.folder)
     parse_recipe(text, path)  # what is written is what a merge can read
     path.write_text(f"# {label(best.params)}: the best by {metric}\n{text}", encoding="utf-8")

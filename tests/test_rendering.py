@@ -443,6 +443,7 @@ def test_several_models_have_a_verdict_each(
 
 def test_a_parent_that_cannot_draw_is_left_out_with_a_note(tmp_path: Path) -> None:
     beside = [TINY / "glow.safetensors", tmp_path / "none.safetensors"]
+    beside[1].write_bytes(b"no model at all")
 
     found = render_files([TINY / "C.safetensors"], QUICK, tmp_path / "out", beside=beside)
 
@@ -706,7 +707,7 @@ def test_files_that_cannot_be_written_or_are_too_large_say_so(
     with pytest.raises(OutputError, match="No such file"):
         write_picture(picture, tmp_path / "none" / "x.png", {})
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="this is a file"):
         render_files([TINY / "C.safetensors"], QUICK, tmp_path / "file")
     write_picture(picture, tmp_path / "x.png", {})
     monkeypatch.setattr("ckptools.render.files._MOST_PIXELS", 64)

@@ -129,6 +129,10 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     metavar="FOLDER",
     help="Default: NAME-render, named after the first SRC.",
 )
+@click.option(
+    "-f", "--force", is_flag=True,
+    help="Draw into a folder that holds more than an earlier rendering.",
+)  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 def command(
@@ -138,7 +142,7 @@ def command(
     strength: float | None, control: Path | None, condition: str | None,
     config: Path | None, vae: Path | None, beside: tuple[Path, ...], scores: Path | None,
     device: str | None, no_cache: bool, settings: Mapping[str, float],
-    output: Path | None, as_json: bool, quiet: bool,
+    output: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Draw test pictures with models, compare and check them.
 
@@ -171,17 +175,18 @@ def command(
                 raise click.UsageError("a recipe is rendered alone; add models with --beside")
             found = render_recipe(
                 load(sources[0], settings), given, output, beside=beside,
-                use_cache=not no_cache, progress=progress,
+                use_cache=not no_cache, force=force, progress=progress,
             )  # fmt: skip
         else:
             found = render_files(
                 sources, Order(**given), output, beside=beside,
-                use_cache=not no_cache, progress=progress,
+                use_cache=not no_cache, force=force, progress=progress,
             )  # fmt: skip
     if as_json:
         report.show_json("render", report_render.rendering_json(found))
     elif not quiet:
         report_render.show_rendering(found)
     if found.interrupted:
+        report.show_message(f"interrupted; {found.kept}")
         return _INTERRUPTED
     return int(found.verdict == "fail")

@@ -63,8 +63,8 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=None,
               metavar="FOLDER",
               help="For pictures and report. Default: beside the recipe's output.")  # fmt: skip
-@click.option("-f", "--force", is_flag=True, help="Write into a folder that is not empty; replace "
-              "an existing output.")  # fmt: skip
+@click.option("-f", "--force", is_flag=True, help="Write into a folder that holds more than an "
+              "earlier sweep; replace an existing output.")  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 def command(

@@ -13,6 +13,7 @@ pictures are kept in the user's cache, by what the files hold. Prints nothing.
     judging    figures of pictures, and verdicts
     scoring    scores by a CLIP model: no verdicts
     reports    the folder's files
+    folder     whose a folder is, and what in it makes room
     cache      parents' pictures from other days
     records    the data that all of them hand round
 """
@@ -21,6 +22,7 @@ from ckptools.rendering.orders import (
     Order,
     check_order,
     check_section,
+    default_folder,
     numbered,
     section_order,
     settle,
@@ -41,7 +43,6 @@ from ckptools.rendering.scoring import mean_scores
 from ckptools.rendering.studio import render
 from ckptools.rendering.subjects import file_subject, parents_of
 from ckptools.rendering.ways_in import (
-    default_folder,
     render_files,
     render_gate,
     render_plan,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import InputError, UsageError
+from ckptools.rendering.folder import check_folder
+from ckptools.rendering.records import SCHEMA
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,8 +101,25 @@ def numbered(prompts: Sequence[str]) -> tuple[Probe, ...]:
     return tuple(Probe(f"prompt{number}", text) for number, text in enumerate(prompts, start=1))
 
 
-def check_section(plan: Plan) -> None:
-    """Find out what can be known to be wrong with a recipe's `render:` before the merge."""
+def default_folder(plan: Plan) -> Path:
+    """Where a recipe's pictures go."""
+    recipe = plan.recipe
+    if recipe.render is not None and recipe.render.folder:
+        return recipe.path.parent / Path(recipe.render.folder).expanduser()
+    return recipe.output_path.with_name(f"{recipe.output_path.stem}-render")
+
+
+def against_files(recipe: Recipe) -> list[Path]:
+    """The files that the recipe's `render:` wants to compare with."""
+    named = recipe.render.against if recipe.render is not None else None
+    return [recipe.path.parent / Path(text).expanduser() for text in named or ()]
+
+
+def check_section(plan: Plan, *, force: bool = False) -> None:
+    """Find out what can be known to be wrong with a recipe's `render:` before the merge.
+
+    force  its folder may hold other things
+    """
     from ckptools.render.configs import family_ids
 
     detection = plan.base.detection
@@ -112,6 +131,7 @@ def check_section(plan: Plan) -> None:
             fix=f"remove `render:`; families that can be drawn with: {', '.join(family_ids())}",
         )
     check_order(section_order(plan.recipe))
+    check_folder(default_folder(plan), SCHEMA, force=force)
 
 
 def check_order(order: Order) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptools.render.probes import Probe
 
 Verdict = Literal["pass", "warn", "fail"]
+SCHEMA = "ckptools.render/1"
 _GRAVITY: tuple[Verdict, ...] = ("pass", "warn", "fail")
 
 
@@ -110,6 +111,7 @@ class Rendering:
     notes        what was left out or chosen
     models       label → sha256 of its files where known, family, variant …
     settings     what all pictures have in common
+    wanted       models that were to draw, those that are left out too
     interrupted  it was stopped: pictures are missing
     condition    (height, width, 3) uint8: the ControlNet's picture; None without one
     redrawn      (height, width) bool: what was drawn anew, where there is a mask; else everything
@@ -127,6 +129,7 @@ class Rendering:
     models: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any]
     seconds: float
+    wanted: int = 1
     interrupted: bool = False
     condition: NDArray[np.uint8] | None = None
     redrawn: NDArray[np.bool_] | None = None
@@ -138,6 +141,13 @@ class Rendering:
     def verdict(self) -> Verdict:
         """The gravest of the checks."""
         return max((check.verdict for check in self.checks), key=_GRAVITY.index, default="pass")
+
+    @property
+    def kept(self) -> str:
+        """What there is of it, in words."""
+        done = len(self.pictures)
+        wanted = len(self.rows) * self.wanted
+        return f"{done} of {wanted} pictures are kept in {self.folder}"
 
     @property
     def sheet(self) -> Path:

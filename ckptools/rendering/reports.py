@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import OutputError
 from ckptools.manifest import version
-from ckptools.rendering.records import Drawn, Rendering, Score, Subject
+from ckptools.rendering.records import SCHEMA, Drawn, Rendering, Score, Subject
 from ckptools.rendering.scoring import mean_scores
 
 if TYPE_CHECKING:
@@ -198,9 +198,17 @@ def write_reports(rendering: Rendering) -> None:
     save_image(image, rendering.sheet)
     if rendering.condition is not None:
         write_picture(rendering.condition, rendering.folder / _CONDITION, {})
-    document = {"schema": "ckptools.render/1", **as_json(rendering), "folder": "."}
+    document = {"schema": SCHEMA, **as_json(rendering), "folder": ".", "files": _files(rendering)}
     _write_text(rendering.folder / "report.json", json.dumps(document, indent=2) + "\n")
     _write_text(rendering.report, html_page(_page_data(rendering)))
+
+
+def _files(rendering: Rendering) -> list[str]:
+    """Everything that this rendering has written beside its report: the next one removes it."""
+    drawn = [*rendering.pictures.values(), *rendering.uncontrolled.values()]
+    condition = [] if rendering.condition is None else [_CONDITION]
+    return [*(each.path.name for each in drawn), *condition, rendering.sheet.name,
+            rendering.report.name]  # fmt: skip
 
 
 def in_columns(rendering: Rendering) -> list[Subject]:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ckptools.errors import CkptError, OutputError
+from ckptools.errors import CkptError, Interrupted
 from ckptools.manifest import version
 from ckptools.rendering.cache import Cache
+from ckptools.rendering.folder import check_folder, clear_folder
 from ckptools.rendering.judging import judge, measure
 from ckptools.rendering.orders import Order, settle
-from ckptools.rendering.records import Check, Drawn, Progress, Rendering, Row, Subject
+from ckptools.rendering.records import SCHEMA, Check, Drawn, Progress, Rendering, Row, Subject
 from ckptools.rendering.reports import write_reports
 from ckptools.rendering.scoring import scored
 from ckptools.rendering.subjects import sha256s_of
+from ckptools.writer import made_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,29 +40,37 @@ def render(
     *,
     title: str = "",
     use_cache: bool = True,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Rendering:
     """Draw, measure and report.
 
     subjects  the first says what suits it (prompts, size, guidance); parents come last
-    folder    made where it is missing; files of the same names are replaced
+    folder    made where it is missing; an earlier rendering in it is replaced when the first
+              picture is drawn. One that holds other things is refused, unless `force`
 
     A subject that is no parent and cannot draw what is ordered raises; such a parent is left out,
-    and a note says why. An interruption ends the drawing; what is done is reported.
+    and a note says why. An interruption ends the drawing; what is done is reported. Before the
+    first picture, both leave nothing behind.
     """
     started = time.perf_counter()
     progress = progress or Progress()
-    _make(folder)
+    check_folder(folder, SCHEMA, force=force)
     studio = _Studio(_labelled(subjects), order, folder, use_cache=use_cache, progress=progress)
+    error: CkptError | None = None
     interrupted = False
-    try:
-        studio.draw_all()
-    except KeyboardInterrupt:
-        interrupted = True
-    except BaseException:
-        with suppress(OSError):
-            folder.rmdir()  # goes only where nothing was drawn
-        raise
+    with made_folder(folder):
+        try:
+            studio.draw_all()
+        except KeyboardInterrupt:
+            interrupted = True
+            if not studio.pictures:
+                raise
+        except CkptError as exc:
+            error = exc
+            if not studio.pictures:
+                raise
+            studio.notes.append(f"ended early: {exc.what}")
     rendering = Rendering(
         title=title,
         folder=folder,
@@ -73,16 +82,21 @@ def render(
         models=MappingProxyType(studio.models),
         settings=MappingProxyType(studio.settings),
         seconds=time.perf_counter() - started,
-        interrupted=interrupted,
+        wanted=len(studio.subjects),
+        interrupted=interrupted or error is not None,
         condition=studio.condition,
         redrawn=studio.redrawn,
         uncontrolled=MappingProxyType(studio.uncontrolled),
     )
     rendering = replace(rendering, checks=(*judge(rendering), *studio.deeper))
-    if order.scores is not None and rendering.pictures:
+    if order.scores is not None:
         rendering = _scored(rendering, order.scores, order.device, progress)
-    if rendering.pictures:
+    try:
         write_reports(rendering)
+    except KeyboardInterrupt as exc:
+        raise Interrupted(f"interrupted; {rendering.kept}, without a report") from exc
+    if error is not None:
+        raise error
     return rendering
 
 
@@ -95,15 +109,6 @@ def _scored(rendering: Rendering, folder: Path, device: str, progress: Progress)
         except KeyboardInterrupt:
             rendering = replace(rendering, interrupted=True)
     return replace(rendering, notes=(*rendering.notes, "interrupted: the pictures are not scored"))
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(
-            exc.strerror or str(exc), where=str(folder), fix="give another folder with -o"
-        ) from exc
 
 
 def _labelled(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
@@ -338,6 +343,8 @@ class _Studio:
             model_hash=sha256s[0] if len(sha256s) == 1 else "",
             more={"Version": f"ckptools {version()}"},
         )
+        if not self.pictures and (count := clear_folder(self._folder, SCHEMA)):
+            self.notes.append(f"{count} files of an earlier rendering were replaced")
         write_picture(drawn.pixels, path, {"parameters": said})
         return path
 

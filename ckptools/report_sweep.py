@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.errors import OutputError
+from ckptools.errors import Interrupted, OutputError
 from ckptools.rendering import versions
 from ckptools.rendering.folder import REPORT
 from ckptools.report import (
@@ -51,6 +51,14 @@ class Written:
 
 def write_report(found: Swept) -> Written:
     """Write sheet.png, curve.png, report.html and report.json into the sweep's folder."""
+    try:
+        return _write_report(found)
+    except KeyboardInterrupt as exc:
+        kept = f"{len(found.drawn)} pictures are kept in {found.folder}"
+        raise Interrupted(f"interrupted; {kept}, without a report") from exc
+
+
+def _write_report(found: Swept) -> Written:
     from ckptools.render.files import save_image
 
     files = Written(*(found.folder / name for name in ("sheet.png", "curve.png", "report.html")))

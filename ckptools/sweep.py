@@ -154,6 +154,7 @@ class Swept:
     drawn        every picture's file, those of a model that was not finished too
     interrupted  ended by Ctrl-C: what was done until then
     best         what `save_best` chose, its merge, and its recipe
+    failure      why there is no merge of the best variant, for the caller to raise in the end
     """
 
     recipe: Recipe
@@ -172,6 +173,7 @@ class Swept:
     best: Variant | None = None
     best_recipe: Path | None = None
     best_merge: MergeResult | None = None
+    failure: CkptError | None = None
 
 
 def sweep(
@@ -217,7 +219,14 @@ def sweep(
             found = run.all(memory_bytes)
     found = replace(found, recipe=recipe, axes={n: tuple(v) for n, v in axes.items()})
     if save_best and not found.interrupted:
-        found = _save_best(found, save_best, force=force, progress=progress)
+        try:
+            found = _save_best(found, save_best, force=force, progress=progress)
+        except KeyboardInterrupt:
+            notes = (*found.notes, "interrupted: the best variant was not merged")
+            found = replace(found, notes=notes, interrupted=True)
+        except CkptError as exc:
+            notes = (*found.notes, f"the best variant was not merged: {exc.what}")
+            found = replace(found, notes=notes, failure=exc)
     return replace(found, seconds=time.perf_counter() - started)
 
 

@@ -300,6 +300,39 @@ def test_a_sweep_stopped_in_its_first_model_keeps_its_pictures_and_says_so(
     assert names(tmp_path / "s") == {"images/A-p1-s1.png"}
 
 
+def test_a_sweep_whose_best_cannot_be_merged_is_reported_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("the disk is full")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = [*write_sweep(tmp_path), "--set", "M=0", "--save-best", "loss", "--json"]
+    monkeypatch.setattr("ckptools.sweep.merge", full)
+    assert run(words) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "the disk is full"
+    assert "the best variant was not merged: the disk is full" in report(tmp_path / "s")["notes"]
+    monkeypatch.setattr("ckptools.sweep.merge", stop)
+    assert run([*words, "-f"]) == 130
+    assert json.loads(capsys.readouterr().out)["interrupted"]
+    assert "interrupted: the best variant was not merged" in report(tmp_path / "s")["notes"]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_second_ctrl_c_in_a_sweep_s_report_tells_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptools.report_sweep.html_page", stop)
+
+    assert run([*write_sweep(tmp_path), "--set", "M=0"]) == 130
+    assert "3 pictures are kept in" in capsys.readouterr().err
+
+
 # --- as a person does it ------------------------------------------------------------------------
 
 

@@ -105,10 +105,12 @@ def command(
             progress=progress,
         )  # fmt: skip
     files = report_sweep.write_report(found)
-    if as_json:
+    if as_json and found.failure is None:
         report.show_json("sweep", report_sweep.sweep_json(found, files))
-    elif not quiet:
+    elif not quiet and not as_json:
         report_sweep.show_sweep(found, files)
+    if found.failure is not None:
+        raise found.failure
     if found.interrupted:
         report_sweep.show_interrupted(found)
         return _CANCELLED

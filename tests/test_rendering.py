@@ -530,6 +530,17 @@ def test_values_with_commas_are_quoted_as_the_web_uis_do() -> None:
     )
 
 
+def test_the_web_uis_are_told_schedule_and_strength() -> None:
+    facts = {"sampler": "DPM++ 2M SDE Exponential", "steps": 20, "cfg": 7, "seed": 1,
+             "size": [64, 64], "clip_skip": 1, "strength": 0.75}  # fmt: skip
+
+    text = infotext("a", "", facts, model="m")
+
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Exponential, " in text
+    assert "Denoising strength: 0.75" in text
+    assert "Schedule type" not in infotext("a", "", {**facts, "sampler": "DPM2"}, model="m")
+
+
 def test_pictures_are_read_upright_on_white_and_filled_in(tmp_path: Path) -> None:
     half = np.zeros((30, 50, 4), np.uint8)
     half[:, 25:] = (255, 0, 0, 255)

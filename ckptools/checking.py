@@ -8,7 +8,7 @@ family without pictures, no config for unusual widths) that is all there is, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ckptools.check import Check, Report, check_weights
-from ckptools.errors import CkptError, InputError, ManyErrors
+from ckptools.errors import CkptError, InputError, ManyErrors, UsageError
 from ckptools.family import detect, kind_words
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import Progress, check_pins, planned
@@ -53,6 +53,7 @@ def check_source(
     *,
     against: Sequence[Path] = (),
     base: Path | None = None,
+    draws: Path | None = None,
     config: Path | None = None,
     quick: bool = False,
     threads: int = 2,
@@ -62,6 +63,7 @@ def check_source(
 
     against  its parents, or models that it should be like
     base     what the parents were trained from: it has a share in the weights, but no say
+    draws    the model that a ControlNet is checked on; given for nothing else
     config   a diffusers folder for models of unusual width, as `render.load_pipeline` takes it
     quick    nothing is drawn and no parent is loaded
     tell     is told what is done at the moment
@@ -70,6 +72,13 @@ def check_source(
     """
     with ExitStack() as stack:
         model = stack.enter_context(open_checkpoint(source))
+        if detect(model, model.metadata).kind == "controlnet":
+            if against or base:
+                raise UsageError("a ControlNet has no parents to be like", fix="leave them out")
+            found = _check_control(model, draws, config, quick=quick, threads=threads, tell=tell)
+            model.check_unchanged()
+            return Checked(source, *found)
+        _refuse_model(draws)
         _refuse_adapters(model)
         parents: dict[str, Checkpoint] = {}
         for path in (*against, *([base] if base else [])):
@@ -86,6 +95,7 @@ def check_source(
 def check_recipe(
     recipe: Recipe,
     *,
+    draws: Path | None = None,
     config: Path | None = None,
     quick: bool = False,
     threads: int = 2,
@@ -93,6 +103,7 @@ def check_recipe(
 ) -> Checked:
     """Check what a recipe would write, without writing it; its models are the parents.
 
+    draws   the model that a ControlNet is checked on, where the recipe makes one
     config  None: what the recipe says of its base
     """
     from ckptools.check import Merged
@@ -108,8 +119,17 @@ def check_recipe(
         if config is None and said:
             config = recipe.path.parent / Path(said).expanduser()
         model = cast("Checkpoint", Merged(plan))  # it has all of it that is asked for here
+        if plan.base.detection.kind == "controlnet":
+            found = _check_control(model, draws, config, quick=quick, threads=threads, tell=tell)
+            return Checked(recipe.path, *found)
+        _refuse_model(draws)
         found = _check(model, parents, set(), config, quick=quick, threads=threads, tell=tell)
     return Checked(recipe.path, *found)
+
+
+def _refuse_model(draws: Path | None) -> None:
+    if draws is not None:
+        raise UsageError("--with is for ControlNets, and SRC is none", fix="leave it out")
 
 
 def _refuse_adapters(checkpoint: Checkpoint) -> None:
@@ -165,6 +185,53 @@ def _check(
         checks += report.checks
         notes += report.notes
     return Report(tuple(checks), tuple(notes)), tuple(parents), weights.kin
+
+
+def _check_control(
+    control: Checkpoint,
+    draws: Path | None,
+    config: Path | None,
+    *,
+    quick: bool,
+    threads: int,
+    tell: Tell,
+) -> tuple[Report, tuple[str, ...], Mapping[str, Kin]]:
+    """What a ControlNet's weights and pictures say; there are no parents."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if draws is None and not quick:
+        raise UsageError(
+            "a ControlNet is checked on a model that it draws with",
+            where=str(control.path),
+            fix="give the model's file with --with, or read weights alone with --quick",
+        )
+    tell("reading weights")
+    checks, notes = list(check_weights(control, {}, threads=threads).checks), []
+    if missing and not quick:
+        notes.append(f"only the weights were checked: {', '.join(missing)} not installed; "
+                     "pip install 'ckptools[render]'")  # fmt: skip
+    elif draws is not None and not quick:
+        checks += _draw_control(control, draws, config, tell)
+    return Report(tuple(checks), tuple(notes)), (), {}
+
+
+def _draw_control(
+    control: Checkpoint, draws: Path, config: Path | None, tell: Tell
+) -> Iterator[Check]:
+    """The checks of its pictures: edges, which all kinds of ControlNets see in some way."""
+    from ckptools.check import draw_control, judge_control
+    from ckptools.render import load_controlnet, load_pipeline
+
+    tell("loading")
+    pipeline = load_pipeline(draws, config=config)
+    try:
+        loaded = load_controlnet(control, pipeline, config=config)
+    except (InputError, ManyErrors) as exc:
+        yield from _unloaded(exc).checks
+        return
+    yield Check("modules", 0, 0, "pass", f"{len(loaded.slots):,} tensors are in their places")
+    tell("drawing")
+    drawn, without, condition = draw_control(pipeline, loaded)
+    yield from judge_control(drawn, without, condition)
 
 
 def _asked(

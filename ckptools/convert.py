@@ -38,7 +38,7 @@ from ckptools.plan import existing_folder
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.workflow import Progress, default_threads, made_folder, peak_memory_bytes
+from ckptools.workflow import Progress, default_threads, peak_memory_bytes
 from ckptools.writer import (
     Layout,
     PartFile,
@@ -47,6 +47,7 @@ from ckptools.writer import (
     index_document,
     index_path,
     lay_out,
+    made_folder,
     open_parts,
     shard_paths,
     split_shards,

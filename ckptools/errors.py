@@ -81,6 +81,10 @@ class OutputError(CkptError):
     code = "output"
 
 
+class Interrupted(KeyboardInterrupt):  # an interruption is no error
+    """Ctrl-C where something was done: says what is kept."""
+
+
 class NonFiniteError(CkptError):
     """NaN or Inf in an input or in a result, fp16 overflow included."""
 

@@ -351,6 +351,9 @@ RENDER_KEYS: dict[str, Key] = {
         {"anyOf": [{"enum": ["parents", "none"]}, _SOME_TEXT]},
     ),
     "check": Key("Run the checks of `ckptools check` too.", _FLAG),
+    "scores": Key(
+        "A CLIP model's folder: score pictures by it, for information; no verdict.", _TEXT
+    ),
     "folder": Key("Where the pictures go. Default: the output's name with -render.", _TEXT),
     "config": Key("A weightless diffusers folder, for models of unusual width.", _TEXT),
     "vae": Key("Draw with this VAE.", _TEXT),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ckptools.rendering import Rendering, as_json
+from ckptools.rendering import Rendering, as_json, mean_scores
 from ckptools.report import _row, _show_table, _table, show_line
 
 
@@ -22,6 +22,8 @@ def show_rendering(found: Rendering) -> None:
         _row(table, check.verdict, check.id.replace("_", " "), *model, check.reason)
     if found.checks:
         _show_table(table)
+    if found.scores:
+        _show_scores(found)
     for note in found.notes:
         show_line(f"note: {note}")
     counted = Counter(label for label, _ in found.pictures)
@@ -33,3 +35,15 @@ def show_rendering(found: Rendering) -> None:
     if found.pictures:
         show_line(f"  look at: {found.report}")
     show_line(f"verdict: {found.verdict}" + (", interrupted" if found.interrupted else ""))
+
+
+def _show_scores(found: Rendering) -> None:
+    """Means of the CLIP scores, by model."""
+    parents = [s.label for s in found.subjects if s.is_parent]
+    table = _table("model", "fits its prompts", *(f"like {parent}" for parent in parents),
+                   numbers=range(1, len(parents) + 2))  # fmt: skip
+    for label, score in mean_scores(found).items():
+        figures = [score.text, *(score.likeness.get(parent) for parent in parents)]
+        _row(table, label, *("·" if value is None else f"{value:.1f}" for value in figures))
+    _show_table(table)
+    show_line(f"100 x cosine by the CLIP model {found.scored_by['model']}, for information")

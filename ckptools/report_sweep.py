@@ -12,7 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.errors import OutputError
+from ckptools.errors import Interrupted, OutputError
+from ckptools.rendering import versions
+from ckptools.rendering.folder import REPORT
 from ckptools.report import (
     BarProgress,
     WarningsOnly,
@@ -25,7 +27,7 @@ from ckptools.report import (
     show_message,
     shown_path,
 )
-from ckptools.sweep import Looks, SweepProgress, Swept, Variant, label
+from ckptools.sweep import SCHEMA, Looks, SweepProgress, Swept, Variant, label
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,29 +50,54 @@ class Written:
 
 
 def write_report(found: Swept) -> Written:
-    """Write sheet.png, curve.png and report.html into the sweep's folder."""
+    """Write sheet.png, curve.png, report.html and report.json into the sweep's folder."""
+    try:
+        return _write_report(found)
+    except KeyboardInterrupt as exc:
+        kept = f"{len(found.drawn)} pictures are kept in {found.folder}"
+        raise Interrupted(f"interrupted; {kept}, without a report") from exc
+
+
+def _write_report(found: Swept) -> Written:
     from ckptools.render.files import save_image
 
     files = Written(*(found.folder / name for name in ("sheet.png", "curve.png", "report.html")))
     save_image(sweep_sheet(found), files.sheet)
     save_image(sweep_curve(found), files.curve)
-    part = files.report.with_name("report.html.part")
-    try:
-        part.write_text(html_page(found), encoding="utf-8")
-        part.replace(files.report)
-    except OSError as exc:
-        raise OutputError(exc.strerror or str(exc), where=str(files.report)) from exc
+    _write_text(files.report, html_page(found))
+    document = {
+        "schema": SCHEMA,
+        **sweep_json(found, files, below=found.folder),
+        "versions": versions(),
+        "files": [
+            *(path.relative_to(found.folder).as_posix() for path in found.drawn),
+            *(path.name for path in (files.sheet, files.curve, files.report)),
+        ],
+    }
+    _write_text(found.folder / REPORT, json.dumps(document, indent=2, allow_nan=False) + "\n")
     return files
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as exc:
+        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
 
 
 # --- JSON and terminal --------------------------------------------------------------------------
 
 
-def sweep_json(found: Swept, files: Written) -> dict[str, object]:
-    """The contract keys of `sweep`, and more."""
+def sweep_json(found: Swept, files: Written, *, below: Path | None = None) -> dict[str, object]:
+    """The contract keys of `sweep`, and more.
+
+    below  write paths as seen from this folder, which may be moved
+    """
     best = {
         "params": dict(found.best.params),
-        "recipe": shown_path(found.best_recipe),
+        "recipe": _shown(found.best_recipe, below),
         **merge_json(found.best_merge),
     } if found.best and found.best_recipe and found.best_merge else None  # fmt: skip
     return {
@@ -80,13 +107,17 @@ def sweep_json(found: Swept, files: Written) -> dict[str, object]:
         "prompts": list(found.prompts),
         "seeds": list(found.draws.seeds),
         "parents": {
-            name: {"losses": _numbers(looks.losses), "images": _paths(looks)}
+            name: {
+                "losses": _numbers(looks.losses),
+                "fits": looks.fits,
+                "images": _paths(looks, below),
+            }
             for name, looks in found.parents.items()
         },
-        "variants": [_variant_json(variant) for variant in found.variants],
-        "sheet": shown_path(files.sheet),
-        "curve": shown_path(files.curve),
-        "report": shown_path(files.report),
+        "variants": [_variant_json(variant, below) for variant in found.variants],
+        "sheet": _shown(files.sheet, below),
+        "curve": _shown(files.curve, below),
+        "report": _shown(files.report, below),
         "best": best,
         "interrupted": found.interrupted,
         "notes": list(found.notes),
@@ -94,24 +125,32 @@ def sweep_json(found: Swept, files: Written) -> dict[str, object]:
     }
 
 
-def _variant_json(variant: Variant) -> dict[str, object]:
+def _variant_json(variant: Variant, below: Path | None = None) -> dict[str, object]:
     return {
         "params": dict(variant.params),
         "distances": {
-            name: _numbers({"pixels": d.pixels, "latents": d.latents, "weights": d.weights})
+            name: _numbers(
+                {"pixels": d.pixels, "latents": d.latents, "weights": d.weights, "alike": d.alike}
+            )
             for name, d in variant.distances.items()
         },
         "losses": _numbers(variant.looks.losses),
+        "fits": variant.looks.fits,
         "verdict": variant.verdict,
         "reasons": list(variant.reasons),
-        "image": _paths(variant.looks)[0],
-        "images": _paths(variant.looks),
+        "image": _paths(variant.looks, below)[0],
+        "images": _paths(variant.looks, below),
         "swap_seconds": round(variant.looks.swap_seconds, 4),
     }
 
 
-def _paths(looks: Looks) -> list[str]:
-    return [shown_path(path) for path in looks.images]
+def _paths(looks: Looks, below: Path | None) -> list[str]:
+    return [_shown(path, below) for path in looks.images]
+
+
+def _shown(path: Path, below: Path | None) -> str:
+    is_inside = below is not None and path.is_relative_to(below)
+    return path.relative_to(below).as_posix() if below and is_inside else shown_path(path)
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -139,6 +178,8 @@ def show_sweep(found: Swept, files: Written) -> None:
         )  # fmt: skip
     _show_table(table)
     show_line("from: RMS difference of the pictures, 0 to 1 · loss: less is nearer to that parent")
+    if found.draws.scores is not None and not found.interrupted:
+        _show_scores(found, found.draws.scores.resolve().name)
     for note in found.notes:
         show_line(f"note: {note}")
     for path in (files.sheet, files.curve, files.report):
@@ -151,6 +192,24 @@ def show_sweep(found: Swept, files: Written) -> None:
 
 def _short(value: float | None) -> str:
     return "·" if value is None else f"{value:.3f}"
+
+
+def _show_scores(found: Swept, model: str) -> None:
+    """What the CLIP model says of every variant, beside what it says of the parents."""
+    parents = list(found.parents)
+    table = _table("variant", "fits its prompts", *(f"like {name}" for name in parents),
+                   numbers=range(1, len(parents) + 2))  # fmt: skip
+    for name, looks in found.parents.items():
+        _row(table, name, _score(looks.fits), *("·" for _ in parents))
+    for variant in found.variants:
+        alike = [_score(variant.distances[name].alike) for name in parents]
+        _row(table, label(variant.params), _score(variant.looks.fits), *alike)
+    _show_table(table)
+    show_line(f"100 x cosine by the CLIP model {model}, for information")
+
+
+def _score(value: float | None) -> str:
+    return "·" if value is None else f"{value:.1f}"
 
 
 class SweepBars(BarProgress, SweepProgress):
@@ -316,6 +375,7 @@ def html_page(found: Swept) -> str:
                 "name": name,
                 "file": Path(found.recipe.models[name].path).name,
                 "losses": _numbers(looks.losses),
+                "fits": looks.fits,
                 "pictures": _uris(looks),
             }
             for name, looks in found.parents.items()
@@ -345,6 +405,9 @@ def _uri(pixels: NDArray[Any]) -> str:
 
 def show_interrupted(found: Swept) -> None:
     """What was done before Ctrl-C."""
-    done = len(found.variants)
+    done, parents = len(found.variants), len(found.parents)
     total = math.prod(len(values) for values in found.axes.values())
-    show_message(f"interrupted after {done} of {total} variants: they are kept in {found.folder}")
+    show_message(
+        f"interrupted after {done} of {total} variants and {parents} models: they are kept in "
+        f"{found.folder}"
+    )

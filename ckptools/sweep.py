@@ -22,12 +22,20 @@ import numpy as np
 import yaml
 
 from ckptools.engine import Settings
-from ckptools.errors import CkptError, OutputError, RecipeError, UsageError, nearest
+from ckptools.errors import (
+    CkptError,
+    Interrupted,
+    OutputError,
+    RecipeError,
+    UsageError,
+    nearest,
+)
 from ckptools.family import detect
 from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan, Source, make_plan
 from ckptools.recipe import Recipe, load_recipe, lora_weight, parse_recipe, with_numbers
+from ckptools.rendering.folder import check_folder, clear_folder
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
 from ckptools.workflow import (
@@ -35,16 +43,20 @@ from ckptools.workflow import (
     Progress,
     check_pins,
     default_threads,
-    made_folder,
     merge,
     planned,
 )
+from ckptools.writer import made_folder
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ckptools.checkpoint import Checkpoint
     from ckptools.render import Picture, Pipeline, Request
 
+SCHEMA = "ckptools.sweep/1"
 MAX_VARIANTS = 400
+_BEST = "best.yaml"
 _USUAL_PROMPTS = 2
 # Calibrated on small trained models, so they warn and do not fail: docs/sweeping.md
 _BARRIER, _BURNT, _FLAT = 1.15, 2.5, 0.3
@@ -64,6 +76,7 @@ class Draws:
 
     size    (width, height) in pixels
     device  "auto", "cpu", "cuda" …; dtype: "auto", fp16, bf16 or fp32
+    scores  a CLIP model's folder, to score pictures by: information, no verdict
     """
 
     prompts: tuple[str, ...] = ()
@@ -75,6 +88,7 @@ class Draws:
     size: tuple[int, int] | None = None
     device: str = "auto"
     dtype: str = "auto"
+    scores: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +98,7 @@ class Looks:
     images        a file for each picture: prompts one after the other, all seeds of each
     losses        parent -> mean loss on the pictures that the parent drew
     swap_seconds  until the pipeline held it; swap_bytes: what was written into the pipeline
+    fits          100 * cosine of pictures and prompts by a CLIP model, mean; None without one
     """
 
     name: str
@@ -92,6 +107,7 @@ class Looks:
     losses: Mapping[str, float] = field(default_factory=dict)
     swap_seconds: float = 0.0
     swap_bytes: int = 0
+    fits: float | None = None
 
     @property
     def loss(self) -> float:
@@ -107,11 +123,13 @@ class Apart:
     latents  the same of the latents
     weights  |variant - parent| / |parent| over the tensors that change; None for a parent of
              another architecture
+    alike    100 * cosine of the same pictures by a CLIP model, mean over them; None without one
     """
 
     pixels: float
     latents: float
     weights: float | None
+    alike: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +151,10 @@ class Swept:
     parents      model of the formula -> its own pictures
     prompts      drawn by every model, with every one of the seeds
     groups       how many variants and parents were made by each read of the sources
+    drawn        every picture's file, those of a model that was not finished too
     interrupted  ended by Ctrl-C: what was done until then
     best         what `save_best` chose, its merge, and its recipe
+    failure      why there is no merge of the best variant, for the caller to raise in the end
     """
 
     recipe: Recipe
@@ -148,10 +168,12 @@ class Swept:
     notes: tuple[str, ...]
     groups: tuple[int, ...]
     seconds: float
+    drawn: tuple[Path, ...] = ()
     interrupted: bool = False
     best: Variant | None = None
     best_recipe: Path | None = None
     best_merge: MergeResult | None = None
+    failure: CkptError | None = None
 
 
 def sweep(
@@ -169,7 +191,8 @@ def sweep(
     """Draw and measure every combination of the parameters' numbers.
 
     axes          parameter -> numbers to try
-    folder        for the pictures; one that holds something is refused unless `force`
+    folder        for the pictures; one that holds more than an earlier sweep, which is replaced,
+                  is refused unless `force`
     save_best     see `choose`: that variant is merged to the recipe's output
     memory_bytes  that variants may be kept in; default: what is free, less what drawing takes
     """
@@ -179,18 +202,31 @@ def sweep(
     if len(combined) > MAX_VARIANTS:
         raise UsageError(f"{len(combined):,} variants", fix=f"{MAX_VARIANTS} at most: fewer values")
     _check_metric(save_best, [*recipe.models])
-    _check_folder(folder, force=force)
+    draws = draws or Draws()
+    if draws.scores is not None:
+        from ckptools.render.scores import check_scorer
+
+        check_scorer(draws.scores)
+    check_folder(folder, SCHEMA, force=force)
+    _check_best(folder, save_best, force=force)
     started = time.perf_counter()
     may_replace = force or not save_best  # else nothing is written there
     with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
         (progress or Progress()).planned(plans[-1])
         check_pins(plans[0].sources, hash_inputs=False, progress=progress or Progress())
-        run = _Run(plans, combined, draws or Draws(), folder, progress or SweepProgress())
+        run = _Run(plans, combined, draws, folder, progress or SweepProgress())
         with made_folder(folder / "images"):
             found = run.all(memory_bytes)
     found = replace(found, recipe=recipe, axes={n: tuple(v) for n, v in axes.items()})
     if save_best and not found.interrupted:
-        found = _save_best(found, save_best, force=force, progress=progress)
+        try:
+            found = _save_best(found, save_best, force=force, progress=progress)
+        except KeyboardInterrupt:
+            notes = (*found.notes, "interrupted: the best variant was not merged")
+            found = replace(found, notes=notes, interrupted=True)
+        except CkptError as exc:
+            notes = (*found.notes, f"the best variant was not merged: {exc.what}")
+            found = replace(found, notes=notes, failure=exc)
     return replace(found, seconds=time.perf_counter() - started)
 
 
@@ -203,6 +239,10 @@ def draws_of(recipe: Recipe) -> Draws:
         "guidance": "guidance", "size": "size", "device": "device", "dtype": "dtype",
     }  # fmt: skip
     given: dict[str, Any] = {names[k]: v for k, v in recipe.render.options.items() if k in names}
+    if "scores" in recipe.render.options:
+        given["scores"] = (
+            recipe.path.parent / Path(str(recipe.render.options["scores"])).expanduser()
+        )
     return Draws(prompts=tuple(prompt.text for prompt in recipe.render.prompts), **given)
 
 
@@ -246,12 +286,11 @@ def _check_metric(metric: str, models: Sequence[str]) -> None:
             raise UsageError(f"{metric!r}: unknown model {name!r}", fix=nearest(name, models))
 
 
-def _check_folder(folder: Path, *, force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("this is a file", where=str(folder), fix="give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
+def _check_best(folder: Path, metric: str, *, force: bool) -> None:
+    """A recipe that an earlier sweep has written may have been worked on since."""
+    if metric and not force and (folder / _BEST).exists():
         raise OutputError(
-            "the folder is not empty", where=str(folder), fix="use --force, or another"
+            "there is one already", where=str(folder / _BEST), fix="use --force, or another folder"
         )
 
 
@@ -288,6 +327,7 @@ class _Run:
         self.folder, self.progress = folder, progress
         self.plan = plans[0]
         self.notes: list[str] = []
+        self.drawn: list[Path] = []
         self.groups: list[int] = []
         self.parents: dict[str, Looks] = {}
         self.looks: dict[int, Looks] = {}
@@ -313,6 +353,7 @@ class _Run:
         self.pipeline: Pipeline | None = None
         self.sinks: dict[int, Any] = {}
         self.prompts: tuple[str, ...] = draws.prompts
+        self.seen: dict[str, NDArray[np.float64]] = {}  # what a CLIP model makes of the pictures
         self.total = (len(combined) + len(self.alike) + len(self.apart)) * len(draws.seeds)
 
     def _drawing_parents(self) -> list[Source]:
@@ -330,10 +371,15 @@ class _Run:
         interrupted = False
         try:
             self._run(memory_bytes)
-        except KeyboardInterrupt:
-            if not self.looks and not self.parents:
+        except KeyboardInterrupt as exc:
+            if not self.drawn:
                 raise
+            if not self.parents:
+                kept = f"{len(self.drawn)} of {self.total} pictures are kept in {self.folder}"
+                raise Interrupted(f"interrupted; {kept}, without a report") from exc
             interrupted = True
+            if self.draws.scores is not None and not self.seen:
+                self.notes.append("interrupted: the pictures are not scored")
         variants = tuple(self._variant(number) for number in sorted(self.looks))
         return Swept(
             recipe=self.plan.recipe,
@@ -347,6 +393,7 @@ class _Run:
             notes=tuple(self.notes),
             groups=tuple(self.groups),
             seconds=0.0,
+            drawn=tuple(self.drawn),
             interrupted=interrupted,
         )
 
@@ -369,6 +416,27 @@ class _Run:
                 if number == self.first:
                     self._finish_parents()
                 self._show(number)
+        if self.draws.scores is not None:
+            self._score(self.draws.scores)
+
+    def _score(self, folder: Path) -> None:
+        """Have a CLIP model look at all pictures; edits are not held against their prompts."""
+        from ckptools.render.scores import embed_pictures, embed_texts, likeness, load_scorer
+
+        scorer = load_scorer(folder, device=self.draws.device)
+        told = embed_texts(scorer, [p for p in self.prompts for _ in self.draws.seeds])
+        is_edit = self._drawer().blueprint.variant == "ip2p"
+        everyone: list[tuple[dict[Any, Looks], Any]] = [
+            *((self.parents, name) for name in self.parents),
+            *((self.looks, number) for number in self.looks),
+        ]
+        seen = {}
+        for group, key in everyone:
+            looks = group[key]
+            seen[looks.name] = embed_pictures(scorer, [p.pixels for p in looks.pictures])
+            fits = [likeness(*pair) for pair in zip(seen[looks.name], told, strict=True)]
+            group[key] = replace(looks, fits=None if is_edit else float(np.mean(fits)))
+        self.seen = seen
 
     # --- parents ---
 
@@ -481,7 +549,10 @@ class _Run:
             picture = draw(pipeline, request)
             path = self.folder / "images" / f"{_file_name(name)}-{spot}.png"
             text = infotext(request.prompt, request.negative, picture.facts, model=name)
+            if not self.drawn and (count := clear_folder(self.folder, SCHEMA)):
+                self.notes.append(f"{count} files of an earlier sweep were replaced")
             write_picture(picture.pixels, path, {"parameters": text})
+            self.drawn.append(path)
             pictures.append(picture)
             images.append(path)
         return tuple(pictures), tuple(images)
@@ -547,9 +618,18 @@ class _Run:
             weights = self.distances.get((number, self.alike.index(name))) if is_alike else None
             pixels = [_rms(a.pixels / 255.0, b.pixels / 255.0) for a, b in _pairs(looks, parent)]
             latents = [_rms(a.latents, b.latents) for a, b in _pairs(looks, parent)]
-            distances[name] = Apart(float(np.mean(pixels)), float(np.mean(latents)), weights)
+            alike = self._alike(looks.name, name)
+            distances[name] = Apart(float(np.mean(pixels)), float(np.mean(latents)), weights, alike)
         verdict, reasons = judge(looks, list(self.parents.values()))
         return Variant(self.combined[number - self.first], looks, distances, verdict, reasons)
+
+    def _alike(self, one: str, other: str) -> float | None:
+        from ckptools.render.scores import likeness
+
+        if not self.seen:
+            return None
+        pairs = zip(self.seen[one], self.seen[other], strict=True)
+        return float(np.mean([likeness(*pair) for pair in pairs]))
 
 
 def label(numbers: Mapping[str, float]) -> str:
@@ -626,7 +706,7 @@ def _traits(checkpoint: Checkpoint) -> tuple[object, ...]:
 def _save_best(found: Swept, metric: str, *, force: bool, progress: Progress | None) -> Swept:
     """Write the best variant's recipe into the folder, and merge by it."""
     best = choose(found.variants, metric)
-    path = found.folder / "best.yaml"
+    path = found.folder / _BEST
     text = recipe_text(found.recipe, best.params, found.folder)
     parse_recipe(text, path)  # what is written is what a merge can read
     path.write_text(f"# {label(best.params)}: the best by {metric}\n{text}", encoding="utf-8")

@@ -36,8 +36,8 @@ from ckptools.writer import (
     index_document,
     index_path,
     lay_out,
+    made_folder,
     open_parts,
-    output_error,
     sync_folder,
     whole_file,
 )
@@ -154,13 +154,14 @@ def merge(
         when = plan.recipe.render.when if plan.recipe.render else "never"
         drawn: Rendering | None = None
         if when != "never":
-            rendering.check_section(plan)
+            force = force or recipe.output.overwrite
+            rendering.check_section(plan, force=force)
         if when == "before_save":
-            drawn = rendering.render_gate(plan, sha256s, progress=pictures)
+            drawn = rendering.render_gate(plan, sha256s, force=force, progress=pictures)
         with made_folder(recipe.output_path.parent):
             result = _write(plan, sha256s, progress, started)
         if when == "after_save":
-            drawn = rendering.render_saved(plan, result.output, progress=pictures)
+            drawn = rendering.render_saved(plan, result.output, force=force, progress=pictures)
         return replace(result, rendering=drawn)
 
 
@@ -171,6 +172,7 @@ def render_recipe(
     *,
     beside: Sequence[Path] = (),
     use_cache: bool = True,
+    force: bool = False,
     progress: rendering.Progress | None = None,
 ) -> Rendering:
     """Merge in memory, draw the merge beside its models, write pictures and reports only.
@@ -178,6 +180,7 @@ def render_recipe(
     given   fields of `rendering.Order` that go before the recipe's `render:`
     folder  default: the output's name with "-render", beside it
     beside  more models to compare with
+    force   draw into a folder that holds other things
     """
     from ckptools import rendering
 
@@ -185,8 +188,9 @@ def render_recipe(
         sha256s = check_pins(plan.sources, hash_inputs=False, progress=Progress())
         order = replace(rendering.section_order(plan.recipe), **(given or {}))
         return rendering.render_plan(
-            plan, sha256s, order, folder, beside=beside, use_cache=use_cache, progress=progress
-        )
+            plan, sha256s, order, folder, beside=beside, use_cache=use_cache, force=force,
+            progress=progress,
+        )  # fmt: skip
 
 
 def default_threads() -> int:
@@ -272,22 +276,6 @@ def check_pins(
 
 
 # --- output ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Make the output's folder; where the merge fails, remove what was made."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as exc:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-        if isinstance(exc, OSError):
-            raise output_error(exc, folder) from exc
-        raise
 
 
 def _write(

@@ -14,8 +14,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -378,6 +378,22 @@ def output_error(exc: OSError, path: Path) -> OutputError:
             "`convert`), write to another disk, or raise the limit (`ulimit -f unlimited`)",
         )
     return OutputError(f"cannot be written: {exc.strerror or exc}", where=str(path))
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for what is written in it; where that fails, remove it if it is empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as exc:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(exc, OSError):
+            raise output_error(exc, folder) from exc
+        raise
 
 
 def _open_locked(part: Path) -> int:

@@ -139,8 +139,10 @@ def assert_near(ours: NDArray[np.uint8], their: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", ["DDIM", "Euler", "Euler a", "DPM++ 2M Karras", "UniPC", "Heun", "DPM++ SDE Karras"]
-)
+    "sampler",
+    ["DDIM", "Euler", "Euler a", "DPM++ 2M Karras", "UniPC", "Heun", "DPM++ SDE Karras", "DPM2",
+     "DPM2 a Karras", "DPM++ 2M SDE Exponential"],
+)  # fmt: skip
 def test_a_picture_is_that_of_diffusers(tiny: Pipeline, sampler: str) -> None:
     request = replace(BASE, sampler=sampler, negative="blue")
     pipe = theirs("StableDiffusionPipeline", tiny, sampler)
@@ -345,6 +347,16 @@ def test_facts_tell_what_a_picture_was_made_with(tiny: Pipeline) -> None:
               "sampler": "DDIM", "steps": 2, "seed": 33, "size": (128, 64), "tokens": 7,
               "chunks": 1, "device": "cpu", "dtype": "float32", "vae_tiling": False}  # fmt: skip
     assert wanted.items() <= facts.items()
+
+
+def test_steps_are_those_that_were_asked_for(tiny: Pipeline) -> None:
+    """Heun asks the UNet twice a step, and an image saves the first of them."""
+    heun = draw(tiny, replace(BASE, sampler="Heun", steps=3)).facts
+    image = np.full((64, 64, 3), 90, np.uint8)
+    part = draw(tiny, replace(BASE, steps=4, image=image, strength=0.5)).facts
+
+    assert (heun["steps"], heun["passes"], heun["strength"]) == (3, 5, None)
+    assert (part["steps"], part["passes"], part["strength"]) == (4, 2, 0.5)
 
 
 def test_broken_weights_are_seen_not_hidden(tiny: Pipeline) -> None:

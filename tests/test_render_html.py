@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from browser import what_a_reader_sees
 
-from ckptools import rendering
+import ckptools
 from ckptools.render.probes import Probe
 from ckptools.rendering import Order, file_subject, render
 
-TINY = Path(rendering.__file__).parent / "tiny"
+TINY = Path(ckptools.__file__).parent / "tiny"
 EVIL = 'evil</script><img src=x onerror="document.title=1">'
 
 # Uses the page as a reader does, with mouse and keys, then writes down what it sees.

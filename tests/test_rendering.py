@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
+import ckptools
 from ckptools import rendering
 from ckptools.cli import run
 from ckptools.errors import InputError, OutputError, UsageError
@@ -37,7 +38,7 @@ from ckptools.render.prompts import clip_tokenizer
 from ckptools.render.sheet import contact_sheet
 from ckptools.rendering import Order, Progress, Row, file_subject, render, render_files
 
-TINY = Path(rendering.__file__).parent / "tiny"
+TINY = Path(ckptools.__file__).parent / "tiny"
 PROMPT = "a red circle on a navy background"
 QUICK = Order(
     prompts=(Probe("circle", PROMPT), Probe("star", "a yellow star on a black background")),
@@ -158,7 +159,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
 def test_the_cache_forgets_what_was_not_used_for_longest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "_CACHE_BYTES", 20_000)
+    monkeypatch.setattr("ckptools.rendering.cache._CACHE_BYTES", 20_000)
     sources = [TINY / "C.safetensors"], replace(QUICK, seeds=(1, 2, 3, 4), steps=1)
 
     render_files(*sources, tmp_path / "one", beside=[TINY / "A.safetensors"])
@@ -197,8 +198,7 @@ def test_before_save_a_failing_merge_leaves_the_old_file_alone(
     old = tmp_path / "merged.safetensors"
     old.write_bytes(b"what was here")
     monkeypatch.setattr(
-        rendering,
-        "_finite",
+        "ckptools.rendering.judging._finite",
         lambda label, cells: rendering.Check("finite", label, 1, 0, "fail", "a NaN", ()),
     )
 
@@ -443,6 +443,7 @@ def test_several_models_have_a_verdict_each(
 
 def test_a_parent_that_cannot_draw_is_left_out_with_a_note(tmp_path: Path) -> None:
     beside = [TINY / "glow.safetensors", tmp_path / "none.safetensors"]
+    beside[1].write_bytes(b"no model at all")
 
     found = render_files([TINY / "C.safetensors"], QUICK, tmp_path / "out", beside=beside)
 
@@ -527,6 +528,17 @@ def test_values_with_commas_are_quoted_as_the_web_uis_do() -> None:
         "a b\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 1, "
         'Size: 512x768, Model hash: 0123456789, Model: "x, y: z", Clip skip: 2, RNG: CPU'
     )
+
+
+def test_the_web_uis_are_told_schedule_and_strength() -> None:
+    facts = {"sampler": "DPM++ 2M SDE Exponential", "steps": 20, "cfg": 7, "seed": 1,
+             "size": [64, 64], "clip_skip": 1, "strength": 0.75}  # fmt: skip
+
+    text = infotext("a", "", facts, model="m")
+
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Exponential, " in text
+    assert "Denoising strength: 0.75" in text
+    assert "Schedule type" not in infotext("a", "", {**facts, "sampler": "DPM2"}, model="m")
 
 
 def test_pictures_are_read_upright_on_white_and_filled_in(tmp_path: Path) -> None:
@@ -706,7 +718,7 @@ def test_files_that_cannot_be_written_or_are_too_large_say_so(
     with pytest.raises(OutputError, match="No such file"):
         write_picture(picture, tmp_path / "none" / "x.png", {})
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="this is a file"):
         render_files([TINY / "C.safetensors"], QUICK, tmp_path / "file")
     write_picture(picture, tmp_path / "x.png", {})
     monkeypatch.setattr("ckptools.render.files._MOST_PIXELS", 64)

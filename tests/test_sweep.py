@@ -201,7 +201,8 @@ def test_nothing_is_written_but_pictures_and_the_report(done: Done) -> None:
     images = {f"{folder}/images/{name}-p{p}-s1.png" for name in names for p in (1, 2)}
 
     assert written == images | {
-        "recipe.yaml", f"{folder}/sheet.png", f"{folder}/curve.png", f"{folder}/report.html"
+        "recipe.yaml", f"{folder}/sheet.png", f"{folder}/curve.png", f"{folder}/report.html",
+        f"{folder}/report.json",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
     report = check_pipeline(pipeline, parents=study)        # beside those it was merged from
     check_weights(checkpoint, {"A": open_a, "B": open_b})   # stored values only; no torch
 
+    judge_control  what a ControlNet does to pictures
     denoise_loss   how well a model takes noise off given pictures
     Merged         a merge that is not written, as if it were an open checkpoint
 
@@ -19,6 +20,7 @@ from ckptools.check.verdicts import Check, Report
 from ckptools.check.weights import Kin, Weights, WeightsFound, check_weights
 
 if TYPE_CHECKING:
+    from ckptools.check.control import draw_control, judge_control
     from ckptools.check.losses import MOMENTS, denoise_loss, predict_noise, prompt_losses
     from ckptools.check.merged import Merged
     from ckptools.check.models import Study, check_pipeline, study_parents
@@ -35,6 +37,8 @@ __all__ = [
     "check_pipeline",
     "check_weights",
     "denoise_loss",
+    "draw_control",
+    "judge_control",
     "predict_noise",
     "prompt_losses",
     "study_parents",
@@ -46,6 +50,8 @@ _HOMES = {
     "predict_noise": "losses",
     "prompt_losses": "losses",
     "Merged": "merged",
+    "draw_control": "control",
+    "judge_control": "control",
     "Study": "models",
     "check_pipeline": "models",
     "study_parents": "models",

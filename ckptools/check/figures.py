@@ -119,12 +119,10 @@ def draw_samples(pipeline: Pipeline, *, count: int = _PICTURES) -> tuple[Sample,
     whose words no built-in prompt is made of draws nothing.
     """
     probes = [probe for probe in _probes(pipeline) if not probe.flat]
-    width, height = pipeline.size
-    if pipeline.device.type == "cpu" and width > _LARGE:
-        width, height = width // 2, height // 2
+    size = sample_size(pipeline)
     made = []
     for seed, probe in enumerate(probes[:count]):
-        request = _request(pipeline, probe, probes, (width, height), seed)
+        request = _request(pipeline, probe, probes, size, seed)
         broken: list[int] = []
 
         def look(step: int, steps: int, latents: torch.Tensor, bad: list[int] = broken) -> None:
@@ -134,6 +132,14 @@ def draw_samples(pipeline: Pipeline, *, count: int = _PICTURES) -> tuple[Sample,
         picture = draw(pipeline, request, on_step=look)
         made.append(Sample(probe.prompt, picture.latents, picture.pixels, *broken))
     return tuple(made)
+
+
+def sample_size(pipeline: Pipeline) -> tuple[int, int]:
+    """(width, height) of the pictures that a model is asked for."""
+    width, height = pipeline.size
+    if pipeline.device.type == "cpu" and width > _LARGE:
+        return width // 2, height // 2
+    return width, height
 
 
 def _probes(pipeline: Pipeline) -> tuple[Probe, ...]:

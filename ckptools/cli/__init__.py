@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from ckptools.errors import CkptError, nearest
+from ckptools.errors import CkptError, Interrupted, nearest
 
 _COMMANDS = (
     "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash",
@@ -90,7 +90,7 @@ def main() -> NoReturn:
     for number in _TERMINATING:
         signal.signal(number, _on_terminate)
     code = run(sys.argv[1:])
-    for number in _TERMINATING:
+    for number in (signal.SIGINT, *_TERMINATING):
         signal.signal(number, signal.SIG_IGN)  # it is done; its exit code should say so
     gc.freeze()  # the end of the process frees torch's objects faster than the collector
     sys.exit(code)
@@ -106,8 +106,9 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except click.exceptions.Exit as exc:
         return exc.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was left behind", err=True)
+    except (click.Abort, KeyboardInterrupt) as exc:
+        said = next((each for each in (exc, exc.__cause__) if isinstance(each, Interrupted)), None)
+        click.echo(str(said or "interrupted; nothing was left behind"), err=True)
         return _CANCELLED
     except click.ClickException as exc:
         return _usage_error(exc, command, as_json=as_json)

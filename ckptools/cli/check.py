@@ -20,6 +20,10 @@ _FILE = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option("--base", type=_FILE, default=None, help="What the parents were trained from.")
 @click.option(
+    "--with", "draws", type=_FILE, default=None, metavar="MODEL",
+    help="The model that a ControlNet is checked on.",
+)  # fmt: skip
+@click.option(
     "--config", type=click.Path(file_okay=False, path_type=Path), default=None,
     help="A diffusers folder (its JSON files are enough), for models of unusual width.",
 )  # fmt: skip
@@ -31,6 +35,7 @@ def command(
     source: Path,
     against: tuple[Path, ...],
     base: Path | None,
+    draws: Path | None,
     config: Path | None,
     quick: bool,
     settings: Mapping[str, float],
@@ -47,6 +52,7 @@ def command(
       ckptools check merged.safetensors --against a.safetensors --against b.safetensors
       ckptools check recipe.yaml --set M=0.7
       ckptools check merged.safetensors --quick --json
+      ckptools check canny.safetensors --with model.safetensors
     """
     from ckptools import checking, report, report_check
     from ckptools.errors import UsageError
@@ -59,14 +65,14 @@ def command(
             raise UsageError("a recipe says itself what its parents are", fix="leave them out")
         recipe = load(source, settings)
         found = checking.check_recipe(
-            recipe, config=config, quick=quick, threads=threads, tell=tell
+            recipe, draws=draws, config=config, quick=quick, threads=threads, tell=tell
         )
     else:
         if settings:
             raise UsageError("--set changes a recipe, and SRC is none", fix="give a recipe")
         found = checking.check_source(
-            source, against=against, base=base, config=config, quick=quick, threads=threads,
-            tell=tell,
+            source, against=against, base=base, draws=draws, config=config, quick=quick,
+            threads=threads, tell=tell,
         )  # fmt: skip
     if as_json:
         report.show_json("check", report_check.check_json(found))

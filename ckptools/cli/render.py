@@ -111,6 +111,13 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     metavar="FILE",
     help="Compare with this model (repeatable). A recipe's models are there already.",
 )
+@click.option(
+    "--scores",
+    type=_FILE,
+    default=None,
+    metavar="FOLDER",
+    help="Score the pictures by this CLIP model (of transformers), for information.",
+)
 @click.option("--device", default=None, metavar="NAME", help="auto, cpu, cuda or mps.")
 @click.option("--no-cache", is_flag=True, help="Draw the compared models' pictures again.")
 @set_option
@@ -122,6 +129,10 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     metavar="FOLDER",
     help="Default: NAME-render, named after the first SRC.",
 )
+@click.option(
+    "-f", "--force", is_flag=True,
+    help="Draw into a folder that holds more than an earlier rendering.",
+)  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 def command(
@@ -129,9 +140,9 @@ def command(
     seeds: tuple[int, ...], steps: int | None, sampler: str | None, guidance: float | None,
     size: tuple[int, int] | None, clip_skip: int | None, image: Path | None, mask: Path | None,
     strength: float | None, control: Path | None, condition: str | None,
-    config: Path | None, vae: Path | None,
-    beside: tuple[Path, ...], device: str | None, no_cache: bool, settings: Mapping[str, float],
-    output: Path | None, as_json: bool, quiet: bool,
+    config: Path | None, vae: Path | None, beside: tuple[Path, ...], scores: Path | None,
+    device: str | None, no_cache: bool, settings: Mapping[str, float],
+    output: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Draw test pictures with models, compare and check them.
 
@@ -152,7 +163,7 @@ def command(
         "prompts": numbered(prompts), "probes": probes, "negative": negative, "seeds": seeds,
         "steps": steps, "sampler": sampler, "cfg": guidance, "size": size, "image": image,
         "clip_skip": clip_skip, "mask": mask, "strength": strength, "control": control,
-        "condition": condition, "config": config, "vae": vae, "device": device,
+        "condition": condition, "config": config, "vae": vae, "device": device, "scores": scores,
     }  # fmt: skip
     given = {name: value for name, value in said.items() if value not in (None, False, ())}
     quietly = quiet or as_json
@@ -164,17 +175,18 @@ def command(
                 raise click.UsageError("a recipe is rendered alone; add models with --beside")
             found = render_recipe(
                 load(sources[0], settings), given, output, beside=beside,
-                use_cache=not no_cache, progress=progress,
+                use_cache=not no_cache, force=force, progress=progress,
             )  # fmt: skip
         else:
             found = render_files(
                 sources, Order(**given), output, beside=beside,
-                use_cache=not no_cache, progress=progress,
+                use_cache=not no_cache, force=force, progress=progress,
             )  # fmt: skip
     if as_json:
         report.show_json("render", report_render.rendering_json(found))
     elif not quiet:
         report_render.show_rendering(found)
     if found.interrupted:
+        report.show_message(f"interrupted; {found.kept}")
         return _INTERRUPTED
     return int(found.verdict == "fail")

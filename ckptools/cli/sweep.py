@@ -53,6 +53,9 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option("--guidance", type=float, default=None, help="Default: what suits the model.")
 @click.option("--size", metavar="WxH", default=None, callback=_size,
               help="Of the pictures, in pixels. Default: the model's.")  # fmt: skip
+@click.option("--scores", metavar="FOLDER", default=None, type=click.Path(path_type=Path),
+              help="Score the pictures by this CLIP model (of transformers), for information.",
+)  # fmt: skip
 @click.option("--device", default=None, help="auto (the default), cpu, cuda, mps.")
 @click.option("--save-best", default="", metavar="MEASURE",
               help="Merge the best variant to the recipe's output: loss, loss:B, near:B, far:C, "
@@ -60,16 +63,16 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=None,
               metavar="FOLDER",
               help="For pictures and report. Default: beside the recipe's output.")  # fmt: skip
-@click.option("-f", "--force", is_flag=True, help="Write into a folder that is not empty; replace "
-              "an existing output.")  # fmt: skip
+@click.option("-f", "--force", is_flag=True, help="Write into a folder that holds more than an "
+              "earlier sweep; replace an existing output.")  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 def command(
     recipe: Path, axes: dict[str, tuple[float, ...]], prompts: tuple[str, ...],
     negative: str | None,
     seeds: tuple[int, ...], steps: int | None, sampler: str | None, guidance: float | None,
-    size: tuple[int, int] | None, device: str | None, save_best: str, output: Path | None,
-    force: bool, as_json: bool, quiet: bool,
+    size: tuple[int, int] | None, scores: Path | None, device: str | None, save_best: str,
+    output: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Draw a merge at several values of its parameters, and measure how near to each model it is.
 
@@ -92,6 +95,7 @@ def command(
     given: dict[str, Any] = {
         "prompts": prompts or None, "negative": negative, "seeds": seeds or None, "steps": steps,
         "sampler": sampler, "guidance": guidance, "size": size, "device": device,
+        "scores": scores,
     }  # fmt: skip
     draws = replace(draws_of(loaded), **{k: v for k, v in given.items() if v is not None})
     quietly = nullcontext(report_sweep.SweepWarnings())
@@ -101,10 +105,12 @@ def command(
             progress=progress,
         )  # fmt: skip
     files = report_sweep.write_report(found)
-    if as_json:
+    if as_json and found.failure is None:
         report.show_json("sweep", report_sweep.sweep_json(found, files))
-    elif not quiet:
+    elif not quiet and not as_json:
         report_sweep.show_sweep(found, files)
+    if found.failure is not None:
+        raise found.failure
     if found.interrupted:
         report_sweep.show_interrupted(found)
         return _CANCELLED

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MOST_PIXELS = 8192 * 8192
-_SCHEDULE = " Karras"
+_SCHEDULES = ("Karras", "Exponential")
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -154,11 +154,13 @@ def infotext(
     values with a comma, a colon or a line break in JSON's quotes.
     """
     sampler = str(facts["sampler"])
-    schedule = "Karras" if sampler.endswith(_SCHEDULE) and sampler in SAMPLERS else ""
+    schedule = next(
+        (s for s in _SCHEDULES if sampler.endswith(f" {s}") and sampler in SAMPLERS), ""
+    )
     width, height = facts["size"]
     pairs: dict[str, object] = {
         "Steps": facts["steps"],
-        "Sampler": sampler.removesuffix(_SCHEDULE),
+        "Sampler": sampler.removesuffix(f" {schedule}"),
         "Schedule type": schedule,
         "CFG scale": f"{facts['cfg']:g}",
         "Seed": facts["seed"],
@@ -166,6 +168,7 @@ def infotext(
         "Model hash": model_hash[:10],
         "Model": model,
         "Clip skip": facts["clip_skip"] if facts["clip_skip"] > 1 else "",
+        "Denoising strength": facts.get("strength") or "",
         "RNG": "CPU",
         **(more or {}),
     }

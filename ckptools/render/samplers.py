@@ -1,6 +1,8 @@
 """Samplers by the names that AUTOMATIC1111 gave them, as diffusers' schedulers.
 
-Source of the correspondence: diffusers 0.42 documentation, api/schedulers/overview.
+Source of the correspondence: diffusers 0.42 documentation, api/schedulers/overview. Of the web UI's
+samplers, diffusers has no DPM++ 2S a, DPM fast, DPM adaptive or Restart, and DPM++ 3M SDE in its
+later versions only.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Sampler:
 
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_EXPONENTIAL = {"use_exponential_sigmas": True}
 _SINGLE = {**_SDE, "lower_order_final": True}  # any number of steps will do
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
@@ -45,15 +48,24 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
             Sampler("DPM++ 2M", "DPMSolverMultistepScheduler"),
             Sampler("DPM++ 2M SDE Karras", "DPMSolverMultistepScheduler", {**_KARRAS, **_SDE}),
             Sampler("DPM++ 2M SDE", "DPMSolverMultistepScheduler", _SDE),
+            Sampler(
+                "DPM++ 2M SDE Exponential", "DPMSolverMultistepScheduler", {**_EXPONENTIAL, **_SDE}
+            ),
             Sampler("DPM++ SDE Karras", "DPMSolverSinglestepScheduler", {**_KARRAS, **_SINGLE}),
             Sampler("DPM++ SDE", "DPMSolverSinglestepScheduler", _SINGLE),
             Sampler("Euler", "EulerDiscreteScheduler"),
             Sampler("Euler Karras", "EulerDiscreteScheduler", _KARRAS),
             Sampler("Euler a", "EulerAncestralDiscreteScheduler"),
             Sampler("Heun", "HeunDiscreteScheduler"),
+            Sampler("Heun Karras", "HeunDiscreteScheduler", _KARRAS),
+            Sampler("DPM2", "KDPM2DiscreteScheduler"),
+            Sampler("DPM2 Karras", "KDPM2DiscreteScheduler", _KARRAS),
+            Sampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+            Sampler("DPM2 a Karras", "KDPM2AncestralDiscreteScheduler", _KARRAS),
             Sampler("LMS", "LMSDiscreteScheduler"),
             Sampler("LMS Karras", "LMSDiscreteScheduler", _KARRAS),
             Sampler("DDIM", "DDIMScheduler", spacing="leading"),
+            Sampler("PLMS", "PNDMScheduler", {"skip_prk_steps": True}, spacing="leading"),
             Sampler("UniPC", "UniPCMultistepScheduler"),
             Sampler("LCM", "LCMScheduler", spacing="leading"),
         )

@@ -27,12 +27,12 @@ from ckptools.family import detect
 from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan, Source, make_plan
+from ckptools.progress import Progress
 from ckptools.recipe import Recipe, load_recipe, lora_weight, parse_recipe, with_numbers
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
 from ckptools.workflow import (
     MergeResult,
-    Progress,
     check_pins,
     default_threads,
     made_folder,

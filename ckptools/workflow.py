@@ -27,6 +27,7 @@ from ckptools.manifest import (
     with_hash,
 )
 from ckptools.plan import Plan, Source, Step, make_plan
+from ckptools.progress import Progress
 from ckptools.recipe import Recipe, load_recipe
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.writer import (
@@ -74,19 +75,6 @@ class MergeResult:
     file_bytes: int
     notes: tuple[str, ...]
     rendering: Rendering | None = None
-
-
-class Progress:
-    """What a merge tells while it runs; this one says nothing."""
-
-    def start(self, stage: str, total_bytes: int) -> None:
-        """A stage begins: "checking pins" or "merging"."""
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more are done."""
-
-    def planned(self, plan: Plan) -> None:
-        """The plan stands."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
@@ -32,7 +32,9 @@ _ANSWER = struct.Struct("=iiI?")  # item, slot, bytes that follow, whether they 
 _READ_BYTES = 1 << 16
 
 
-def in_order(work: Work[Result], count: int, *, workers: int, slots: int) -> Iterator[Result]:
+def in_order(
+    work: Work[Result], count: int, *, workers: int, slots: int
+) -> Generator[Result, None, None]:
     """`work(item, slot)` for items 0 to `count` - 1, each in some process; results in order.
 
     work   runs in a fork: what it changes is lost, but for shared memory and files. Its result, or
@@ -59,6 +61,13 @@ def in_order(work: Work[Result], count: int, *, workers: int, slots: int) -> Ite
         crew.dismiss()
     finally:
         crew.end()
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2
 
 
 @dataclass(frozen=True)

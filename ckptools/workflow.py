@@ -6,7 +6,6 @@ recipe ──▶ plan ──▶ pins ──▶ layout ──▶ stream ──▶
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.checkpoint import file_sha256
+from ckptools.crew import usable_cores
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import (
     embedded_metadata,
@@ -182,8 +182,7 @@ def default_threads() -> int:
 
     One of them waits for the disk most of the time.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(3, min(8, 1 + (usable or 2)))
+    return max(3, min(8, 1 + usable_cores()))
 
 
 def find_step(plan: Plan, tensor: str) -> Step:

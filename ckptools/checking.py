@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, cast
 from ckptools.check import Check, Report, check_weights
 from ckptools.errors import CkptError, InputError, ManyErrors, UsageError
 from ckptools.family import detect, kind_words
+from ckptools.progress import Progress
 from ckptools.sources import open_checkpoint
-from ckptools.workflow import Progress, check_pins, planned
+from ckptools.workflow import check_pins, planned
 
 if TYPE_CHECKING:
     from ckptools.check import Kin, Weights

@@ -36,9 +36,10 @@ from ckptools.manifest import (
 )
 from ckptools.plan import existing_folder
 from ckptools.program import Compute, Copy, Mix, Program, Read
+from ckptools.progress import Progress
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.workflow import Progress, default_threads, peak_memory_bytes
+from ckptools.workflow import default_threads, peak_memory_bytes
 from ckptools.writer import (
     Layout,
     PartFile,

@@ -70,6 +70,13 @@ def in_order(
         crew.end()
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What came of an item."""

@@ -276,12 +276,14 @@ def groups_of(family: Family, name: str) -> Iterator[str]:
 
 
 def _grouped(family: Family, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    groups: dict[str, Pair] = {}
+    from ckptools.measure import Pair
+
+    members: dict[str, list[Pair]] = {}
     for name, pair in pairs.items():
         for group in groups_of(family, name):
-            groups[group] = groups[group] + pair if group in groups else pair
+            members.setdefault(group, []).append(pair)
     order = ["all", *family.components, "other", *family.blocks]
-    return {group: groups[group] for group in order if group in groups}
+    return {group: Pair.total(members[group]) for group in order if group in members}
 
 
 # --- what the change is ------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from ckptools.tensors import TensorSpec
 if TYPE_CHECKING:
     from ckptools.adapters.inspection import Inspection as AdapterInspection
     from ckptools.measure import Values
-    from ckptools.workflow import Progress
+    from ckptools.progress import Progress
 
 State = Literal["complete", "incomplete", "absent", "not known"]
 

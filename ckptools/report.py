@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, ManyErrors
 from ckptools.hubref import is_hub_text, is_local, shown
-from ckptools.rendering import Progress as Pictures
-from ckptools.rendering import as_json
-from ckptools.workflow import MergeResult, Progress
+from ckptools.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
     from rich.table import Table
 
     from ckptools.baking import Baking
     from ckptools.family import Family
     from ckptools.methods import Method
     from ckptools.plan import Plan, Source, Step
-    from ckptools.rendering import Row
+    from ckptools.workflow import MergeResult
 
 _COMMON_FORMS = 3
 _WIDTH_OF_PIPES = 110
@@ -402,6 +401,8 @@ def show_explanation(plan: Plan, step: Step) -> None:
 
 def merge_json(result: MergeResult) -> dict[str, object]:
     """The contract keys of `merge`."""
+    from ckptools.rendering import as_json  # knows plans and recipes: most commands need neither
+
     return {
         "output": shown_path(result.output),
         "sha256_data": result.sha256_data,
@@ -494,61 +495,20 @@ class BarProgress(Progress):
         self._bars.advance(self._task, nbytes)
 
 
-class PictureProgress(Pictures):
-    """A bar for the steps of each picture, and one for all pictures, on stderr."""
+def picture_bars() -> Bars:
+    """Bars on stderr that count pictures and their steps."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        self._bars = Bars(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=_console(stderr=True),
-            transient=True,
-            disable=not _console(stderr=True).is_terminal,  # else its end is an empty line
-        )
-        self._all: Any = None
-        self._one: Any = None
-
-    def __enter__(self) -> PictureProgress:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._all is not None:  # bars that never began would end with an empty line
-            self._bars.stop()
-
-    def loading(self, label: str) -> None:
-        """The model's name, while it is loaded."""
-        self._begin()
-        self._bars.update(self._one, description=f"loading {safe(label)}", total=None)
-
-    def start(self, pictures: int) -> None:
-        """A bar for all pictures."""
-        self._begin()
-        self._bars.update(self._all, total=pictures, visible=True)
-
-    def drawing(self, label: str, row: Row) -> None:
-        """The bar of the next picture."""
-        self._begin()
-        words = f"{safe(label)}: {safe(row.probe.id)}, seed {row.seed}"
-        self._bars.reset(self._one, description=words, total=None)
-
-    def step(self, number: int, steps: int) -> None:
-        """So many steps of it."""
-        self._bars.update(self._one, completed=number, total=steps)
-
-    def drawn(self) -> None:
-        """One picture more."""
-        self._bars.advance(self._all)
-
-    def _begin(self) -> None:
-        if self._all is None:
-            self._bars.start()
-            self._all = self._bars.add_task("pictures", total=None, visible=False)
-            self._one = self._bars.add_task("", total=None)
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_console(stderr=True),
+        transient=True,
+        disable=not _console(stderr=True).is_terminal,  # else its end is an empty line
+    )
 
 
 # --- lists -------------------------------------------------------------------------------------

@@ -3,9 +3,56 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
-from ckptools.rendering import Rendering, as_json, mean_scores
-from ckptools.report import _row, _show_table, _table, show_line
+from ckptools.rendering import Progress, Rendering, Row, as_json, mean_scores
+from ckptools.report import _row, _show_table, _table, picture_bars, safe, show_line
+
+
+class PictureProgress(Progress):
+    """A bar for the steps of each picture, and one for all pictures, on stderr."""
+
+    def __init__(self) -> None:
+        self._bars = picture_bars()
+        self._all: Any = None
+        self._one: Any = None
+
+    def __enter__(self) -> PictureProgress:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._all is not None:  # bars that never began would end with an empty line
+            self._bars.stop()
+
+    def loading(self, label: str) -> None:
+        """The model's name, while it is loaded."""
+        self._begin()
+        self._bars.update(self._one, description=f"loading {safe(label)}", total=None)
+
+    def start(self, pictures: int) -> None:
+        """A bar for all pictures."""
+        self._begin()
+        self._bars.update(self._all, total=pictures, visible=True)
+
+    def drawing(self, label: str, row: Row) -> None:
+        """The bar of the next picture."""
+        self._begin()
+        words = f"{safe(label)}: {safe(row.probe.id)}, seed {row.seed}"
+        self._bars.reset(self._one, description=words, total=None)
+
+    def step(self, number: int, steps: int) -> None:
+        """So many steps of it."""
+        self._bars.update(self._one, completed=number, total=steps)
+
+    def drawn(self) -> None:
+        """One picture more."""
+        self._bars.advance(self._all)
+
+    def _begin(self) -> None:
+        if self._all is None:
+            self._bars.start()
+            self._all = self._bars.add_task("pictures", total=None, visible=False)
+            self._one = self._bars.add_task("", total=None)
 
 
 def rendering_json(found: Rendering) -> dict[str, object]:

@@ -42,10 +42,10 @@ from ckptools.manifest import (
     with_hash,
 )
 from ckptools.plan import Plan
+from ckptools.progress import Progress as MergeProgress
 from ckptools.recipe import Recipe
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import DTYPES, TensorSpec
-from ckptools.workflow import Progress as MergeProgress
 from ckptools.workflow import check_pins, planned, tasks_of
 from ckptools.writer import Layout, lay_out
 

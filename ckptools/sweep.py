@@ -34,13 +34,13 @@ from ckptools.family import detect
 from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan, Source, make_plan
+from ckptools.progress import Progress
 from ckptools.recipe import Recipe, load_recipe, lora_weight, parse_recipe, with_numbers
 from ckptools.rendering.folder import check_folder, clear_folder
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
 from ckptools.workflow import (
     MergeResult,
-    Progress,
     check_pins,
     default_threads,
     merge,

@@ -6,7 +6,6 @@ recipe ──▶ plan ──▶ pins ──▶ layout ──▶ stream ──▶
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.checkpoint import file_sha256
+from ckptools.crew import usable_cores
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import (
     embedded_metadata,
@@ -27,6 +27,7 @@ from ckptools.manifest import (
     with_hash,
 )
 from ckptools.plan import Plan, Source, Step, make_plan
+from ckptools.progress import Progress
 from ckptools.recipe import Recipe, load_recipe
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.writer import (
@@ -74,19 +75,6 @@ class MergeResult:
     file_bytes: int
     notes: tuple[str, ...]
     rendering: Rendering | None = None
-
-
-class Progress:
-    """What a merge tells while it runs; this one says nothing."""
-
-    def start(self, stage: str, total_bytes: int) -> None:
-        """A stage begins: "checking pins" or "merging"."""
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more are done."""
-
-    def planned(self, plan: Plan) -> None:
-        """The plan stands."""
 
 
 @contextmanager
@@ -198,8 +186,7 @@ def default_threads() -> int:
 
     One of them waits for the disk most of the time.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(3, min(8, 1 + (usable or 2)))
+    return max(3, min(8, 1 + usable_cores()))
 
 
 def find_step(plan: Plan, tensor: str) -> Step:

@@ -292,7 +292,7 @@ def test_nan_is_counted(base, tmp_path, capsys) -> None:
 def test_structure_reads_no_values(base, specs, tmp_path, capsys, monkeypatch) -> None:
     a, b = write(tmp_path, "a", base), write_model(tmp_path / "b.safetensors", specs, seed=2)
     c = write(tmp_path, "c", {k: v.float() for k, v in base.items()} | {"extra": torch.ones(1)})
-    monkeypatch.setattr(measure, "_Reading", None)
+    monkeypatch.setattr(measure, "_blocks", None)
 
     same = diff(capsys, a, b, "--structure")
     other = diff(capsys, a, c, "--structure")

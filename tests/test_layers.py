@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,17 @@ import ckptools
 
 PACKAGE = Path(ckptools.__file__).parent
 LAYERS = (
-    {"errors", "datafile", "tensors", "hubref", "interrupts", "crew", "codec", "filetypes"},
+    {
+        "errors",
+        "datafile",
+        "tensors",
+        "hubref",
+        "interrupts",
+        "crew",
+        "codec",
+        "filetypes",
+        "progress",
+    },
     {
         "checkpoint",
         "sources",
@@ -66,6 +77,8 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
+THREADS_OF_BLAS = "OPENBLAS_NUM_THREADS"
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
 HEAVY = {"torch", "numpy", "diffusers", "huggingface_hub", "safetensors", "transformers"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -205,6 +218,26 @@ def test_modules_that_know_recipes_and_names_import_nothing_heavy() -> None:
 
     assert "engine" in importers
     assert not importers & LIGHT
+
+
+@needs_proc
+def test_diff_loads_no_planner_and_starts_no_threads_of_a_linear_algebra(
+    sd1_models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """They would wait for one another, and for those of whoever else works."""
+    code = (
+        "import os, sys; from ckptools.cli import run; code = run(sys.argv[1:])\n"
+        "loaded = {'torch', 'ckptools.plan', 'numpy'} & sys.modules.keys()\n"
+        "print(code, *loaded, len(os.listdir('/proc/self/task')), file=sys.stderr)"
+    )
+    words = ["diff", "--json", *map(str, sd1_models[:2])]
+    environment = {name: os.environ[name] for name in os.environ if name != THREADS_OF_BLAS}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+
+    assert done.stderr.split() == ["0", "numpy", "1"]
 
 
 def test_methods_import_torch_inside_their_functions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from models import torch_dtype, write_tensors
 from torch import Tensor
 
-from ckptools import measure
+from ckptools import crew, measure
 from ckptools.checkpoint import Checkpoint, open_safetensors
 from ckptools.errors import InputError
 from ckptools.measure import Gram, Pair, Row, Values, measure_gram, measure_pairs, measure_values
@@ -194,6 +195,16 @@ def test_input_channels_are_compared_in_their_common_part(tmp_path: Path) -> Non
     assert pair_of(tmp_path, a, b + 1).changed == a.numel()
 
 
+def test_progress_counts_what_is_read_of_tensors_with_a_common_part(tmp_path: Path) -> None:
+    a, b = torch.ones(8, 4, 3, 3), torch.ones(8, 9, 3, 3)
+    rows = measure.rows_of(saved(tmp_path, A={"w": a}, B={"w": b}), ["w"])
+    told: list[int] = []
+
+    measure_pairs(rows, advance=told.append)
+
+    assert told == [rows[0].nbytes]
+
+
 def test_a_linear_layer_equals_a_convolution_of_one_by_one(tmp_path: Path) -> None:
     a = noise(64, 1).reshape(8, 8)
 
@@ -321,11 +332,116 @@ def test_threads_change_nothing_and_progress_counts_bytes(tmp_path: Path) -> Non
     assert sum(told) == sum(row.nbytes for row in rows)
 
 
-def test_an_error_of_a_thread_reaches_the_caller(tmp_path: Path) -> None:
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes for however little there is to measure; their numbers, one by one."""
+    if not crew.CAN_FORK:
+        pytest.skip("only Linux forks safely")
+    numbers: list[int] = []
+    fork = os.fork
+
+    def counted() -> int:
+        numbers.append(fork())
+        return numbers[-1]
+
+    monkeypatch.setattr(os, "fork", counted)
+    monkeypatch.setattr(measure, "FORK_BYTES", 0)
+    return numbers
+
+
+def all_gone(numbers: list[int]) -> bool:
+    return not any(Path(f"/proc/{number}").exists() for number in numbers)
+
+
+def test_processes_change_nothing_and_progress_counts_bytes(
+    tmp_path: Path, forks: list[int]
+) -> None:
+    """Tensors that are equal, that differ, that hold NaN, and tiny ones between them."""
+    a = {f"w{n}": noise(LONG // (1 + 99 * (n % 2)), n, "F16") for n in range(8)}
+    b = {name: w.clone() if name < "w4" else w.flip(0) for name, w in a.items()}
+    b["w5"][3] = math.nan
+    rows = measure.rows_of(saved(tmp_path, A=a, B=b), a)
+    told: list[int] = []
+
+    many = measure_pairs(rows, threads=3, advance=told.append)
+
+    assert len(forks) >= 3  # more, where equal tensors were met before any that differs
+    assert all_gone(forks)
+    assert sum(told) == sum(row.nbytes for row in rows)
+    assert many == measure_pairs(rows, threads=1)
+    assert many["w5"].nonfinite == 1
+    for name in ("w0", "w4", "w7"):
+        assert many[name].changed == int((a[name] != b[name]).sum())
+        assert many[name].a_squares == pytest.approx(float((a[name].double() ** 2).sum()), rel=2e-6)
+
+
+def test_equal_models_are_equal_whoever_looks(tmp_path: Path, forks: list[int]) -> None:
+    a = {f"w{n}": noise(LONG, n, "F16") for n in range(3)}
+    rows = measure.rows_of(saved(tmp_path, A=a, B=a), a)
+
+    pairs = measure_pairs(rows, threads=2)
+
+    assert len(forks) == 2
+    assert all(pair == Pair(count=LONG) for pair in pairs.values())
+
+
+def test_statistics_and_products_are_the_same_from_processes(
+    tmp_path: Path, forks: list[int]
+) -> None:
+    models = [{"w": noise(LONG, n, "F16"), "v": noise(77, n, "BF16")} for n in range(3)]
+    rows = measure.rows_of(saved(tmp_path, A=models[0], B=models[1], C=models[2]), models[0])
+
+    values, grams = measure_values(rows, threads=2), measure_gram(rows, threads=2)
+
+    assert len(forks) == 4
+    assert values == measure_values(rows, threads=1)
+    for key, gram in measure_gram(rows, threads=1).items():
+        np.testing.assert_array_equal(grams[key].matrix, gram.matrix)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_interruption_leaves_no_process(
+    processes: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    numbers = request.getfixturevalue("forks") if processes else []
+    a = {f"w{n}": noise(LONG, n, "F16") for n in range(4)}
+    rows = measure.rows_of(saved(tmp_path, A=a, B=a), a)
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_pairs(rows, threads=2, advance=interrupt)
+
+    assert len(numbers) == 2 * processes
+    assert all_gone(numbers)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_error_of_a_worker_reaches_the_caller(
+    processes: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    numbers = request.getfixturevalue("forks") if processes else []
     sources = saved(tmp_path, A={"w": noise(LONG * 4, 1)}, B={"w": noise(LONG * 4, 2)})
     path = sources[1].path
     with path.open("r+b") as stream:
         stream.truncate(path.stat().st_size - 100)
 
     with pytest.raises(InputError):
-        measure_pairs(measure.rows_of(sources, ["w"]))
+        measure_pairs(measure.rows_of(sources, ["w"]), threads=2)
+
+    assert len(numbers) == 2 * processes
+    assert all_gone(numbers)
+
+
+def test_as_many_processes_as_cores_compare(
+    tmp_path: Path, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = {f"w{n}": noise(LONG, n, "F16") for n in range(4)}
+    rows = measure.rows_of(saved(tmp_path, A=a), a)
+
+    for cores, expected_forks in ((1, 0), (3, 3)):
+        monkeypatch.setattr(measure, "usable_cores", lambda cores=cores: cores)
+        forks.clear()
+        measure_values(rows)
+        assert len(forks) == expected_forks

@@ -25,9 +25,10 @@ import ckptools.engine
 import ckptools.evaluation
 import ckptools.plain
 from ckptools.errors import InputError, NonFiniteError, VerificationError
+from ckptools.progress import Progress
 from ckptools.recipe import Recipe, parse_recipe
 from ckptools.tensors import DTYPES
-from ckptools.workflow import MergeResult, Progress, merge
+from ckptools.workflow import MergeResult, merge
 from ckptools.writer import PartFile
 
 NAMES = {getattr(torch, row.torch_name): row.name for row in DTYPES.values() if row.torch_name}

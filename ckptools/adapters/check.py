@@ -15,7 +15,7 @@ from ckptools.errors import CkptError, ManyErrors
 from ckptools.lora.match import Match, Placed, match
 from ckptools.lora.names import Target
 from ckptools.program import Change
-from ckptools.workflow import Progress
+from ckptools.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from ckptools.adapters.reading import Model, bias_of, open_model, values_of
 from ckptools.adapters.writing import SCHEMES, AdapterWriter, Names, Written, check_output
 from ckptools.errors import InputError, NonFiniteError, UsageError
 from ckptools.lora.names import Target
-from ckptools.workflow import Progress
+from ckptools.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

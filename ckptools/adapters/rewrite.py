@@ -28,7 +28,7 @@ from ckptools.errors import InputError, UsageError
 from ckptools.lora.group import Module
 from ckptools.lora.kinds import load_kinds
 from ckptools.lora.names import Target, Targets
-from ckptools.workflow import Progress
+from ckptools.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

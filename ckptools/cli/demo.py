@@ -58,7 +58,7 @@ def command(folder: Path) -> None:
     report_check.show_check(checked)
     report.show_line("")
     report.show_line("What does it draw, beside its parents?")
-    with report.PictureProgress() as pictures:
+    with report_render.PictureProgress() as pictures:
         drawn = render_recipe(recipe, folder=folder / "pictures", progress=pictures)
     report_render.show_rendering(drawn)
     report.show_line("")

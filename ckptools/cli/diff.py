@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,6 +42,8 @@ def command(
       ckptools diff A.safetensors merge.safetensors --explain-by C.safetensors
       ckptools diff A.safetensors B.safetensors --html report.html
     """
+    if "numpy" not in sys.modules:  # small matrices: its threads would wait for one another
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptools import report, report_diff
     from ckptools.diff import compare
     from ckptools.errors import UsageError

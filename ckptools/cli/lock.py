@@ -27,7 +27,7 @@ def command(recipe: Path, as_json: bool, quiet: bool) -> None:
     """
     from ckptools import report, report_sources
     from ckptools.hub.lock import lock_path, make_lock, write_lock
-    from ckptools.workflow import Progress
+    from ckptools.progress import Progress
 
     loaded = load(recipe, {})
     with nullcontext(Progress()) if quiet or as_json else report.BarProgress() as progress:

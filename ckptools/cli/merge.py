@@ -64,7 +64,7 @@ def command(
 
     loaded = load(recipe, settings, output)
     lock = locked_files(recipe, settings) if locked else None
-    pictures = report.PictureProgress()
+    pictures = report_render.PictureProgress()
     with (
         nullcontext(report.WarningsOnly()) if quiet else report.BarProgress() as progress,
         pictures,

@@ -167,7 +167,7 @@ def command(
     }  # fmt: skip
     given = {name: value for name, value in said.items() if value not in (None, False, ())}
     quietly = quiet or as_json
-    with nullcontext() if quietly else report.PictureProgress() as progress:
+    with nullcontext() if quietly else report_render.PictureProgress() as progress:
         if sources[0].suffix in (".yaml", ".yml"):
             from ckptools.workflow import render_recipe
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptools.errors import CkptError, InputError, OutputError, UsageError
 from ckptools.hashing import cache_folder, hash_source
+from ckptools.hubref import short_name
 from ckptools.manifest import embedded_metadata, version
 from ckptools.plan import Plan
 from ckptools.tensors import TensorSpec
@@ -238,7 +239,7 @@ def render_files(
     return render(
         subjects,
         order,
-        folder or Path(f"{sources[0].stem}-render"),
+        folder or Path(f"{short_name(sources[0])}-render"),
         title=", ".join(path.name for path in sources),
         use_cache=use_cache,
         progress=progress,
@@ -400,7 +401,7 @@ def file_subject(path: Path, order: Order, *, label: str = "", parent: bool = Fa
         config = None if path.is_dir() else order.config
         return load_pipeline(path, config=config, vae=order.vae, device=device, dtype=dtype)
 
-    return Subject(label or path.stem, path.name, load, path, parent)
+    return Subject(label or short_name(path), path.name, load, path, parent)
 
 
 def parents_of(plan: Plan, order: Order) -> tuple[Subject, ...]:

@@ -3,9 +3,30 @@
 The only package that imports huggingface_hub, and that inside its functions.
 """
 
+from __future__ import annotations
+
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptools.errors import UsageError
+from ckptools.hubref import is_local
+from ckptools.sources import open_checkpoint
+
+if TYPE_CHECKING:
+    from ckptools.checkpoint import Checkpoint
+
+
+def look(path: Path) -> Checkpoint:
+    """Open a model here, or one on the Hub by its header alone; what it costs is two requests.
+
+    Raises as `open_checkpoint` does, and `InputError` for a pickle on the Hub.
+    """
+    if is_local(path):
+        return open_checkpoint(path)
+    from ckptools.hub.remote import Hub  # loads the Hub's client
+
+    return Hub().look(path)
 
 
 def require_client() -> None:

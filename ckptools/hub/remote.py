@@ -190,14 +190,14 @@ class Hub:
         at = self._at_commit(ref)
         if (at.repo, at.revision) not in self._snapshots:
             found = _in_cache(at) if _is_offline() else _ask(at)
-            self._commits[ref.repo, ref.revision] = found.commit
+            self._commits[_branch(ref)] = found.commit
             self._snapshots[ref.repo, found.commit] = found
             return found
         return self._snapshots[at.repo, at.revision]
 
     def _at_commit(self, ref: HubRef) -> HubRef:
         """The reference with the commit that its revision means, where that is known."""
-        commit = self._commits.get((ref.repo, ref.revision), ref.revision)
+        commit = self._commits.get(_branch(ref), ref.revision)
         return replace(ref, revision=commit)
 
     def _named_head(self, ref: HubRef) -> _Head | None:
@@ -284,6 +284,34 @@ class Hub:
             )
         return self._headers(found)
 
+    def open_adapter(self, path: Path) -> Checkpoint:
+        """Open an adapter as `look` does, if its alphas are in what is read; else it is fetched.
+
+        What is no adapter is not fetched.
+        """
+        ref = hub_ref_of(path)
+        if ref is None:
+            return open_checkpoint(path)
+        found = self.find(ref)
+        if _has_pickles(found):
+            return self.open_whole(path)
+        checkpoint = self._headers(found)
+        numbers = [name for name, spec in checkpoint.items() if spec.numel == 1]
+        is_adapter = detect(checkpoint, checkpoint.metadata).kind in ("lora", "unknown")
+        if not is_adapter or all(map(checkpoint.has_values, numbers)):
+            return checkpoint
+        checkpoint.close()
+        return self.open_whole(path)
+
+    def beside(self, ref: HubRef, name: str) -> Path | None:
+        """A small file beside a model, fetched; None where there is none."""
+        found = self.find(ref)
+        snapshot = self.snapshot(found.ref)
+        file = _joined(found.weights[0].rpartition("/")[0], name)
+        if file not in snapshot.files:
+            return None
+        return self.fetch_file(HubRef(ref.repo, file, snapshot.commit))
+
     def _headers(self, found: Found) -> Checkpoint:
         if found.snapshot.folder is not None:
             return open_checkpoint(found.snapshot.folder / found.ref.file)
@@ -346,7 +374,7 @@ class Hub:
         at = self._at_commit(ref)
         if at not in self._heads:
             head = _ask_for(at, listed)
-            self._commits[ref.repo, ref.revision] = head.ref.revision
+            self._commits[_branch(ref)] = head.ref.revision
             self._heads[head.ref] = head
             return head
         return self._heads[at]
@@ -428,7 +456,7 @@ class Hub:
         for (repo, revision), commit in self._commits.items():
             if (repo, commit) != (snapshot.repo, snapshot.commit) or is_commit(revision):
                 continue
-            file = _cache_folder(repo) / "refs" / (revision or "main")
+            file = _cache_folder(repo) / "refs" / revision
             with suppress(OSError):  # a cache that may not be written to
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(commit, encoding="ascii")
@@ -502,6 +530,10 @@ def _file_of(snapshot: Snapshot, name: str) -> HubFile:
             fix="the repository is not whole; ask its owner",
         )
     return file
+
+
+def _branch(ref: HubRef) -> tuple[str, str]:
+    return ref.repo, ref.revision or "main"
 
 
 def _joined(folder: str, name: str) -> str:

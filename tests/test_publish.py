@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -415,25 +416,63 @@ def test_a_token_that_may_only_read_is_refused_first(client: Client, model: Path
     assert not client.server.requests("POST")
 
 
-def test_killed_between_upload_and_commit(client: Client, model: Path, tmp_path: Path) -> None:
+def publish_until_killed(server: LoopbackHub, model: Path, folder: Path, **more: str) -> None:
+    """Publish in another process, which ends when it commits."""
     environment = dict(os.environ) | {
-        "HF_ENDPOINT": client.server.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
+        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), **more,
+    }  # fmt: skip
     arguments = ["publish", str(model), "--repo", REPO]
     code = f"from ckptools.cli import run; run({arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    client.server.fail(
-        "POST", "/commit/", status=500, before=lambda: os.kill(process.pid, signal.SIGKILL)
-    )
+    server.fail("POST", "/commit/", status=500, before=lambda: os.kill(process.pid, signal.SIGKILL))
     assert process.wait(60) == -signal.SIGKILL
-    assert client.server.files(REPO) == set()
+    assert server.files(REPO) == set()
+
+
+def test_killed_between_upload_and_commit(client: Client, model: Path, tmp_path: Path) -> None:
+    publish_until_killed(client.server, model, tmp_path, HF_HUB_DISABLE_XET="1")
     assert weights_sent(client.server) == 1
     client.publish(model)
 
     assert weights_sent(client.server) == 1
     assert client.server.content(REPO, "mixed.safetensors") == model.read_bytes()
+
+
+class XetCounter:
+    """In place of the client's progress bars: how many bytes Xet read, and how many it sent."""
+
+    read, sent = 0, 0
+
+    def update_progress(self, total: Any, items: object) -> None:
+        XetCounter.read = total.total_bytes_completed
+        XetCounter.sent = total.total_transfer_bytes_completed
+
+    def close(self) -> None:
+        """As bars have it."""
+
+
+def test_killed_between_upload_and_commit_over_xet(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored() -> dict[str, tuple[int, int]]:
+        """The blocks of chunks in Xet's store, and when they were written."""
+        found = sorted((server.folder / "cas").rglob("xorbs/xorbs/default.*"))
+        return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+    reporter = "huggingface_hub.utils._xet_progress_reporting.XetUploadProgressReporter"
+    monkeypatch.setattr(reporter, XetCounter)
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)
+    with LoopbackHub(tmp_path / "hub", xet=True) as server:
+        log_in(server, tmp_path, monkeypatch)
+        publish_until_killed(server, model, tmp_path)
+        blocks = stored()
+        assert sum(nbytes for nbytes, _ in blocks.values()) > model.stat().st_size / 2
+        Client(server).publish(model)
+
+        assert stored() == blocks
+        assert (XetCounter.read, XetCounter.sent) == (model.stat().st_size, 0)
+        assert server.content(REPO, "mixed.safetensors") == model.read_bytes()
+        assert not server.requests("PUT")
 
 
 def test_other_bytes_on_the_hub_than_were_sent_are_noticed(client: Client, model: Path) -> None:

@@ -820,7 +820,7 @@ def test_local_work_does_not_load_the_client(sd1_models: Models, tmp_path: Path)
 
 
 def test_an_old_client_is_named_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptools.hub.version", lambda package: "0.36.2")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.36.2")
 
     with pytest.raises(UsageError, match=r"huggingface_hub 1\.0 or later; 0\.36\.2 is installed"):
         require_client()

@@ -5,7 +5,6 @@ The only package that imports huggingface_hub, and that inside its functions.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,8 @@ def require_client() -> None:
 
     Merging local files works with any: transformers 4 asks for an older one.
     """
+    from importlib.metadata import version  # slow to load
+
     found = version("huggingface_hub")
     if int(found.partition(".")[0]) < 1:
         raise UsageError(

@@ -41,8 +41,10 @@ from ckptools.hub.upload import (
     Upload,
     card_facts,
     check_arrived,
+    check_name,
     commit,
     full_name,
+    is_offline,
     look,
     prepare,
     set_tag,
@@ -126,7 +128,8 @@ class Publication:
     """What publishing would do, against the repository as it is now.
 
     visibility  that the repository has or will have
-    tag_action  "add", "same", or "" without a tag
+    tag_action  "add", "same", "unknown", or "" without a tag
+    problem     why nothing is known of the repository, where the Hub did not answer
     """
 
     gathered: Gathered
@@ -137,6 +140,7 @@ class Publication:
     rows: tuple[Row, ...]
     tag_action: str
     notes: tuple[str, ...]
+    problem: NetworkError | None = None
 
     @property
     def sent(self) -> tuple[Upload, ...]:
@@ -474,7 +478,8 @@ def make_card_alone(gathered: Gathered) -> tuple[str, Licence]:
 def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> Publication:
     """Compare what is here with what the Hub has; sends nothing.
 
-    dry_run  also works for users who are not logged in
+    dry_run  also works for users who are not logged in, and without the Hub: then as far as the
+             plan is known, with the `problem`; none where `HF_HUB_OFFLINE` asks for that
     Raises `UnsafeError` for a public repository without `--public`, `UsageError` where the licence
     is open, `NetworkError`.
     """
@@ -483,11 +488,19 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
         raise UsageError("no repository is named", fix="give --repo owner/name")
     if order.as_pull_request and order.tag:
         raise UsageError("a pull request cannot be tagged", fix="tag it when it is merged")
-    if not dry_run:
-        who(hub)
-    repo = full_name(hub, order.repo)
-    names = [upload.path for upload in gathered.uploads]
-    remote = look(hub, repo, order.branch, names)
+    check_name(order.repo)
+    if dry_run and is_offline():
+        return _make_unknown(gathered, None)
+    try:
+        if not dry_run:
+            who(hub)
+        repo = full_name(hub, order.repo)
+        names = [upload.path for upload in gathered.uploads]
+        remote = look(hub, repo, order.branch, names)
+    except NetworkError as exc:
+        if not dry_run:
+            raise
+        return _make_unknown(gathered, exc)
     if order.as_pull_request and not remote.exists:
         raise NetworkError(f"there is no repository {repo} to open a pull request in",
                            fix="publish without --pr")  # fmt: skip
@@ -523,6 +536,33 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
         rows=rows,
         tag_action=tag_action,
         notes=tuple(notes),
+    )
+
+
+def _make_unknown(gathered: Gathered, problem: NetworkError | None) -> Publication:
+    """The plan as far as this machine knows it."""
+    order, facts = gathered.order, gathered.facts
+    licence = _licence(gathered, facts.parents, "")
+    card = make_card(replace(facts, repo=order.repo), licence)
+    uploads = (*gathered.uploads, small(CARD, card.encode()))
+    asked = "did not answer" if problem else "was not asked (HF_HUB_OFFLINE)"
+    notes = [
+        *gathered.notes,
+        f"the Hub {asked}: whether {order.repo} is there, public, or up to date is not known",
+        "words of its owner in a card that is there stay; they are not in this one",
+    ]
+    if any(parent.hub and not parent.licence for parent in facts.parents):
+        notes.append("licences of parents on the Hub were not looked up")
+    return Publication(
+        gathered=gathered,
+        remote=Remote(order.repo, order.branch, is_known=False),
+        visibility="public" if order.public else "private",
+        card=card,
+        licence=licence,
+        rows=tuple(Row(upload, "unknown") for upload in uploads),
+        tag_action="unknown" if order.tag else "",
+        notes=tuple(notes),
+        problem=problem,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ckptools.hub.card import Parent
 from ckptools.hub.upload import Hub
 from ckptools.publication import Gathered, Order, Published, gather, make_publication, publish
 from ckptools.recipe import load_recipe
+from ckptools.report_publish import show_publication
 from ckptools.workflow import merge
 
 # The client's own way of sending open files.
@@ -688,6 +690,84 @@ def test_a_dry_run_needs_no_login(
     assert "to send: " in shown
     assert code == 4
     assert "hf auth login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["shown", "json"])
+def test_a_dry_run_without_the_hub_shows_what_is_known_at_once(
+    hub: LoopbackHub,
+    model: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code = run(["publish", str(model), "--repo", REPO, "--tag", "v1", "--dry-run", *words])
+    said = capsys.readouterr()
+
+    assert code == 4
+    assert "trying again" not in said.err
+    if not words:
+        assert "alice/mixed (private if it is new; its state is not known)" in said.out
+        assert "unknown" in said.out
+        assert "licence: creativeml-openrail-m (all 3 parents have it)" in said.out
+        assert "the Hub did not answer" in said.out
+        assert "  license: creativeml-openrail-m" in said.out
+        assert "error: cannot look at alice/mixed: no answer from the Hub" in said.err
+        return
+    plan = json.loads(said.out)
+    assert plan["error"]["code"] == "network"
+    assert plan["exists"] is plan["up_to_date"] is plan["upload_bytes"] is None
+    assert plan["parent_commit"] is None
+    assert (plan["visibility"], plan["revision"]) == ("private", "main")
+    assert plan["tag"] == {"name": "v1", "action": "unknown"}
+    assert {file["action"] for file in plan["files"]} == {"unknown"}
+    assert plan["files"][0]["bytes"] == model.stat().st_size
+    assert plan["files"][0]["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert plan["license"]["id"] == "creativeml-openrail-m"
+    assert plan["card"].startswith("---\nlicense: creativeml-openrail-m\n")
+
+
+def test_a_dry_run_that_is_to_ask_nobody_is_no_failure(
+    hub: LoopbackHub,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(["publish", str(model), "--repo", "mixed", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+
+    assert "error" not in plan
+    assert plan["exists"] is None
+    assert any("HF_HUB_OFFLINE" in note for note in plan["notes"])
+    assert run(["publish", str(model), "--repo", "a--b", "--dry-run"]) == 2
+    assert hub.log == []
+
+
+def test_a_dry_run_asks_a_busy_hub_once_more(client: Client, model: Path) -> None:
+    hub = replace(client.hub, patient=False)
+    wanted = replace(gathered(model), order=Order(repo=REPO))
+    client.server.fail("GET", "/api/models/", status=503, retry_after=600)
+    assert make_publication(wanted, hub, dry_run=True).problem is None
+    client.server.fail("GET", "/api/models/", status=503, times=99)
+    found = make_publication(wanted, hub, dry_run=True)
+
+    assert found.problem
+    assert "the Hub has trouble (503" in found.problem.what
+    assert client.waits == [3.0, pytest.approx(1.5, abs=0.5)]
+
+
+def test_what_cannot_be_known_of_a_licence_without_the_hub_is_open(
+    client: Client, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    one = with_parents(model, Parent("A", "a", "org/a", "", "", ""))
+    plan = make_publication(one, client.hub, dry_run=True)
+    show_publication(plan)
+
+    assert plan.licence.refused == "the licence of A is not known"
+    assert "licences of parents on the Hub were not looked up" in plan.notes
+    assert "licence: open (the licence of A is not known; A: unknown)" in capsys.readouterr().out
 
 
 def test_a_recipe_stands_for_its_output(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ckptools.errors import CkptError, InputError, OutputError, UsageError
 from ckptools.hashing import cache_folder, hash_source
 from ckptools.hubref import short_name
-from ckptools.manifest import embedded_metadata, version
+from ckptools.manifest import embedded_metadata, planned_id, version
 from ckptools.plan import Plan
 from ckptools.tensors import TensorSpec
 from ckptools.writer import Layout, lay_out
@@ -105,6 +105,7 @@ class Subject:
 
     load       device and dtype, as `load_pipeline` takes them → the resident model
     file       its path; None where it is in memory only
+    merge_id   of a merge in memory: what it will be known by when it is a file
     is_parent  it is there to be compared with; its pictures may come from the cache
     """
 
@@ -113,6 +114,7 @@ class Subject:
     load: Callable[[str, str], Pipeline]
     file: Path | None = None
     is_parent: bool = False
+    merge_id: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +272,7 @@ def render_plan(
             "merge",
             recipe.output_path.name,
             lambda device, dtype: load_plan(plan, order, sha256s, device=device, dtype=dtype),
+            merge_id=planned_id(plan),
         )
     else:
         merge = file_subject(output, order, label="merge")
@@ -614,6 +617,7 @@ class _Studio:
         self.models[subject.label] = {
             "file": subject.title,
             "sha256": sha256s,
+            **({"merge_id": subject.merge_id} if subject.merge_id else {}),
             "parent": subject.is_parent,
             "family": pipeline.blueprint.family if pipeline else first.get("family"),
             "variant": pipeline.blueprint.variant if pipeline else first.get("variant"),

@@ -48,9 +48,8 @@ output: {path: mixed.safetensors}
 publish: {repo: alice/mixed, tags: [test]}
 """
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-REPORT = {
+REPORT: dict[str, Any] = {
     "verdict": "pass",
-    "models": {"A": {"file": "A.safetensors"}, "mixed": {"file": "mixed.safetensors"}},
     "images": [
         {"file": "a.png", "model": "A", "prompt": "a red circle", "seed": 1},
         {"file": "m.png", "model": "mixed", "prompt": "a red circle", "seed": 1},
@@ -143,8 +142,14 @@ def add_render(model: Path, **changed: object) -> Path:
     for name in ("a.png", "m.png", "sheet.png"):
         (folder / name).write_bytes(PNG + name.encode())
     (folder / "report.html").write_text("<p>fine</p>")
-    (folder / "report.json").write_text(json.dumps(REPORT | changed))
+    (folder / "report.json").write_text(json.dumps(report_on(model) | changed))
     return folder
+
+
+def report_on(model: Path) -> dict[str, Any]:
+    """What a test render of the model would report."""
+    own = {"file": model.name, "sha256": [hashlib.sha256(model.read_bytes()).hexdigest()]}
+    return REPORT | {"models": {"A": {"file": "A.safetensors", "sha256": ["0" * 64]}, "mixed": own}}
 
 
 def weights_sent(hub: LoopbackHub) -> int:
@@ -542,6 +547,53 @@ def test_a_merge_whose_render_failed_is_refused_unless_forced(model: Path) -> No
     assert gather(model, Order(force_unchecked=True)).facts.verdict == "fail"
 
 
+def test_a_render_of_other_weights_is_not_published(model: Path) -> None:
+    folder = add_render(model, verdict="fail")
+    other = {"mixed": {"file": model.name, "sha256": ["1" * 64]}}
+    (folder / "report.json").write_text(json.dumps(report_on(model) | {"models": other}))
+    found = gather(model, Order())
+
+    assert not any(upload.path.startswith("renders/") for upload in found.uploads)
+    assert (found.facts.verdict, found.facts.pictures) == ("", ())
+    assert any("mixed-render/ shows other weights than these" in note for note in found.notes)
+
+
+def test_the_folder_that_a_recipe_gives_its_pictures_is_looked_at(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_render(model, verdict="fail").rename(model.with_name("pictures"))
+    recipe = model.with_name("recipe.yaml")
+    recipe.write_text(RECIPE + "render: {when: never, folder: pictures}\n")
+
+    assert run(["publish", str(recipe), "--dry-run"]) == 1
+    assert "pictures/report.json: the test render of this model failed" in capsys.readouterr().err
+
+
+def test_a_link_that_leaves_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert run(["convert", str(TINY), str(folder), "-q"]) == 0
+    (tmp_path / "secret.txt").write_text("secret")
+    link = folder / "notes.txt"
+    link.symlink_to(folder / "model_index.json")
+    gather(folder, Order())
+    link.unlink()
+    link.symlink_to(tmp_path / "secret.txt")
+
+    with pytest.raises(UnsafeError, match="a link that leaves the folder"):
+        gather(folder, Order())
+
+
+def test_a_recipe_whose_output_is_not_there_says_what_to_do(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(merged / "recipe.yaml", tmp_path)
+
+    assert run(["publish", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "the recipe's output is not there" in said
+    assert f"fix: make it: ckptools merge {tmp_path / 'recipe.yaml'}" in said
+
+
 def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(
     client: Client, model: Path
 ) -> None:
@@ -634,7 +686,7 @@ def test_nothing_that_is_uploaded_names_this_machine(client: Client, model: Path
 @pytest.mark.parametrize("name", ["report.html", "report.json"])
 def test_a_path_in_a_render_is_refused(model: Path, name: str) -> None:
     folder = add_render(model)
-    (folder / name).write_text(json.dumps(REPORT | {"note": str(model)}))
+    (folder / name).write_text(json.dumps(report_on(model) | {"note": str(model)}))
     with pytest.raises(UnsafeError, match="a path of this machine"):
         gather(model, Order())
 
@@ -644,6 +696,21 @@ def test_a_path_in_the_metadata_is_refused(model: Path) -> None:
     save_file(load_file(model), other, {"note": "/home/somebody/models/A.safetensors"})
     with pytest.raises(UnsafeError, match="in the metadata"):
         gather(other, Order())
+
+
+def test_a_path_in_the_header_of_a_second_shard_is_refused(merged: Path, tmp_path: Path) -> None:
+    for name in "ABC":
+        (tmp_path / f"{name}.safetensors").symlink_to(merged / f"{name}.safetensors")
+    text = RECIPE.replace("mixed.safetensors}", "mixed.safetensors, dtype: fp32, shard_size: 1MB}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    index = merge(load_recipe(tmp_path / "recipe.yaml")).output
+    gather(index, Order())
+    shard = max(tmp_path.glob("mixed-*.safetensors"))
+    save_file(load_file(shard), shard, {"note": "/home/somebody/models/A.safetensors"})
+    index.with_name("mixed.safetensors.ckptools.json").unlink()
+
+    with pytest.raises(UnsafeError, match="in the metadata"):
+        gather(index, Order())
 
 
 # --- the plan and the command --------------------------------------------------------------------
@@ -768,6 +835,75 @@ def test_what_cannot_be_known_of_a_licence_without_the_hub_is_open(
     assert plan.licence.refused == "the licence of A is not known"
     assert "licences of parents on the Hub were not looked up" in plan.notes
     assert "licence: open (the licence of A is not known; A: unknown)" in capsys.readouterr().out
+
+
+DRAWN = """\
+ckptools: 1
+models: {{A: A.safetensors, B: B.safetensors, C: C.safetensors}}
+params: {{M: 0.5}}
+merge: A + (B - C) * M
+output: {{path: out/mixed.safetensors}}
+render: {{when: {when}, steps: 4, prompts: [a red circle]}}
+publish: {{repo: alice/drawn, tag: v1, tags: [art]}}
+"""
+
+
+@pytest.fixture
+def drawn(hub: LoopbackHub, tmp_path: Path) -> Path:
+    """A folder with the embedded models, to which recipes are written; a Hub is there."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for name in "ABC":
+        (folder / f"{name}.safetensors").symlink_to(TINY.with_name(f"{name}.safetensors"))
+    return folder / "recipe.yaml"
+
+
+def test_one_recipe_is_merged_drawn_and_published(
+    hub: LoopbackHub, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn.write_text(DRAWN.format(when="before_save"))
+    assert run(["merge", str(drawn), "-q", "--set", "M=0.25"]) == 0
+    assert run(["publish", str(drawn)]) == 0
+    said = capsys.readouterr()
+    card = hub.content("alice/drawn", "README.md").decode()
+
+    assert "recipe.yaml has another `params` than the file was merged with" in said.err
+    assert "| M | default | 0.25 |" in card
+    assert "Test render: **pass**" in card
+    assert "](renders/merge--prompt1--seed1.png)" in card
+    assert hashlib.sha256(TINY.read_bytes()).hexdigest() in card  # of A, without --hash-inputs
+    assert "renders/sheet.png" in hub.files("alice/drawn")
+    parents = drawn.parent / "again"
+    parents.mkdir()
+    for name in "ABC":
+        (parents / f"{name}.safetensors").symlink_to(TINY.with_name(f"{name}.safetensors"))
+    (parents / "recipe.yaml").write_bytes(hub.content("alice/drawn", "recipe.yaml"))
+    again = merge(load_recipe(parents / "recipe.yaml"))  # as the card says
+    assert again.output.read_bytes() == hub.content("alice/drawn", "mixed.safetensors")
+
+    drawn.write_text(DRAWN.format(when="never"))
+    assert run(["merge", str(drawn), "-q", "--force"]) == 0
+    assert run(["publish", str(drawn), "--tag", "v2"]) == 0
+    assert "shows other weights than these" in capsys.readouterr().err
+    assert "Test render" not in hub.content("alice/drawn", "README.md").decode()
+
+
+@pytest.mark.parametrize("when", ["before_save", "after_save"])
+def test_a_recipe_whose_render_fails_is_not_published(
+    hub: LoopbackHub, drawn: Path, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn.write_text(DRAWN.format(when=when))
+    assert run(["merge", str(drawn), "-q", "--set", "M=60"]) == 1
+    code = run(["publish", str(drawn)])
+    said = capsys.readouterr().err
+
+    assert hub.log == []
+    if when == "before_save":
+        assert code == 2
+        assert "the recipe's output is not there" in said
+    else:
+        assert code == 1
+        assert "the test render of this model failed" in said
 
 
 def test_a_recipe_stands_for_its_output(

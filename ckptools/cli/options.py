@@ -132,6 +132,7 @@ def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any
     """
     from dataclasses import replace
 
+    from ckptools.errors import InputError
     from ckptools.publication import Order, order_of
     from ckptools.recipe import load_recipe
 
@@ -141,5 +142,10 @@ def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any
         order, path = order_of(recipe), recipe.output_path
         if recipe.output.shard_bytes and not path.exists():
             path = path.with_name(path.name + ".index.json")
+        if not path.exists():
+            raise InputError(
+                "the recipe's output is not there", where=str(path),
+                fix=f"make it: ckptools merge {source}",
+            )  # fmt: skip
     given = {"license" if name == "license_" else name: value for name, value in options.items()}
     return path, replace(order, **{name: value for name, value in given.items() if value})

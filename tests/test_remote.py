@@ -485,6 +485,18 @@ def test_an_index_that_leaves_its_repository_is_refused_before_any_request(
     assert hub.requests("GET", "bob") == []
 
 
+def test_an_index_that_is_no_text_by_its_size_is_not_fetched(
+    hub: LoopbackHub, sd1_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptools.hub.remote.MAX_HEADER_BYTES", 10_000)
+    hub.put("alice/s", shards(sd1_models[0], names=NAMES), private=False)
+
+    for attempt in (Hub().look, Hub().open_whole):
+        with pytest.raises(InputError, match="10,000 are read at most of such a file"):
+            attempt(Path("hf://alice/s"))
+    assert hub.requests("GET", "/resolve/") == []
+
+
 def test_an_index_of_shards_that_are_not_there_is_refused(
     hub: LoopbackHub, sd1_models: Models
 ) -> None:
@@ -564,6 +576,8 @@ def test_a_network_that_is_down(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatc
 
     assert error.exit_code == 4
     assert "cannot be reached" in error.what
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
+    assert "the Hub at http://127.0.0.1:9 cannot" in look_error("hf://alice/a").what
     assert "HF_HUB_OFFLINE=1" in error.fix
 
 

@@ -310,14 +310,15 @@ class Hub:
         file = _joined(found.weights[0].rpartition("/")[0], name)
         if file not in snapshot.files:
             return None
-        return self.fetch_file(HubRef(ref.repo, file, snapshot.commit))
+        at = HubRef(ref.repo, file, snapshot.commit)
+        return self.fetch_file(at, most_bytes=MAX_HEADER_BYTES)
 
     def _headers(self, found: Found) -> Checkpoint:
         if found.snapshot.folder is not None:
             return open_checkpoint(found.snapshot.folder / found.ref.file)
         if found.is_folder:
             configs = [name for name in _CONFIGS if name in found.snapshot.files]
-            root = self._fetched(found.snapshot, configs)
+            root = self._fetched_small(found.snapshot, configs)
             checkpoint = open_folder(
                 root,
                 lambda path: self._open_remote(found.snapshot, path.relative_to(root).as_posix()),
@@ -333,7 +334,7 @@ class Hub:
         if not is_index(name):
             file = self._source_file(snapshot, name)
             return Checkpoint(file.path, [file])
-        root = self._fetched(snapshot, [name])
+        root = self._fetched_small(snapshot, [name])
 
         def shard(path: Path) -> SourceFile:
             return self._source_file(snapshot, path.relative_to(root).as_posix())
@@ -413,9 +414,14 @@ class Hub:
             _check_listed(found.ref, found.snapshot.files[found.ref.file], files[found.ref.file])
         return self._fetched(self.snapshot(found.ref), [*files]) / found.ref.file
 
-    def fetch_file(self, ref: HubRef) -> Path:
-        """Any one file, on this machine, in the Hub's cache."""
+    def fetch_file(self, ref: HubRef, *, most_bytes: int | None = None) -> Path:
+        """Any one file, on this machine, in the Hub's cache.
+
+        most_bytes  a larger one is an `InputError`, and not fetched
+        """
         snapshot = self.snapshot(ref)
+        if most_bytes is not None:
+            _check_small(snapshot, ref.file, most_bytes)
         if snapshot.folder is not None:
             return snapshot.folder / _file_of(snapshot, ref.file).name
         return self._fetched(snapshot, [ref.file]) / ref.file
@@ -428,11 +434,17 @@ class Hub:
         for name in found.weights:
             folder = name.rpartition("/")[0]
             if is_index(name):
-                root = snapshot.folder or self._fetched(snapshot, [name])
+                root = snapshot.folder or self._fetched_small(snapshot, [name])
                 names += [_joined(folder, shard) for shard in shards_of(root / name)]
             beside = _joined(folder, PEFT_CONFIG)  # the scale of an adapter
             names += [beside] if beside in snapshot.files else []
         return tuple(_file_of(snapshot, name) for name in sorted(set(names)))
+
+    def _fetched_small(self, snapshot: Snapshot, names: Sequence[str]) -> Path:
+        """As `_fetched`, for texts: what is too large for one is an `InputError`."""
+        for name in names:
+            _check_small(snapshot, name, MAX_HEADER_BYTES)
+        return self._fetched(snapshot, names)
 
     def _fetched(self, snapshot: Snapshot, names: Sequence[str]) -> Path:
         """The snapshot's folder in the Hub's cache, with these files in it."""
@@ -532,6 +544,16 @@ def _file_of(snapshot: Snapshot, name: str) -> HubFile:
     return file
 
 
+def _check_small(snapshot: Snapshot, name: str, most_bytes: int) -> None:
+    nbytes = _file_of(snapshot, name).nbytes
+    if nbytes > most_bytes:
+        raise InputError(
+            f"{nbytes:,} bytes; {most_bytes:,} are read at most of such a file",
+            where=HubRef(snapshot.repo, name, snapshot.commit).title,
+            fix="download it if you trust it",
+        )
+
+
 def _branch(ref: HubRef) -> tuple[str, str]:
     return ref.repo, ref.revision or "main"
 
@@ -551,6 +573,12 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _shown_endpoint() -> str:
+    """The Hub's address, without a password that may stand in it."""
+    parts = urlsplit(_endpoint())
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _is_offline() -> bool:
@@ -664,7 +692,7 @@ def _asking(ref: HubRef) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as exc:
-        page = f"{_endpoint()}/{ref.repo}"
+        page = f"{_shown_endpoint()}/{ref.repo}"
         raise NetworkError(
             "this repository is gated, and you have no access to it",
             where=where, fix=f"ask for access at {page}, then {_LOG_IN}",
@@ -690,7 +718,7 @@ def _asking(ref: HubRef) -> Iterator[None]:
         raise _http_error(exc, where) from exc
     except (errors.HTTPError, ConnectionError, TimeoutError) as exc:
         raise NetworkError(
-            f"the Hub at {_endpoint()} cannot be reached ({type(exc).__name__})", where=where,
+            f"the Hub at {_shown_endpoint()} cannot be reached ({type(exc).__name__})", where=where,
             fix="check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache",
         ) from exc  # fmt: skip
     except OSError as exc:

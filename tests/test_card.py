@@ -130,6 +130,22 @@ def test_families_have_their_own_pipeline(
     assert pipeline in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "web_ui", "comfy"),
+    [
+        ("checkpoint", "models/Stable-diffusion", "models/checkpoints"),
+        ("lora", "models/Lora", "models/loras"),
+        ("vae", "models/VAE", "models/vae"),
+        ("controlnet", "models/ControlNet", "models/controlnet"),
+    ],
+)
+def test_every_kind_of_file_has_its_folder(kind: str, web_ui: str, comfy: str) -> None:
+    text = make_card(replace(FACTS, kind=kind), MIT)
+
+    assert f"put the file into `{web_ui}`." in text
+    assert f"put the file into `{comfy}`." in text
+
+
 def test_a_model_that_is_no_merge_has_no_formula() -> None:
     text = make_card(
         replace(FACTS, formula="", parents=(), params={}, recipe="", pictures=(), sheet="",

@@ -52,7 +52,12 @@ class Embedded:
 
 def names_local_path(text: str) -> bool:
     """Whether a text holds a path of somebody's machine (web addresses are not)."""
-    return bool(_LOCAL_PATH.search(_WEB.sub(" ", text.replace("\\/", "/"))))  # JSON may write \/
+    return bool(_LOCAL_PATH.search(without_addresses(text)))
+
+
+def without_addresses(text: str) -> str:
+    """A text without its web addresses, and models on the Hub."""
+    return _WEB.sub(" ", text.replace("\\/", "/"))  # JSON may write \/
 
 
 def legacy_hash(checkpoint: Checkpoint) -> str:

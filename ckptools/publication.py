@@ -51,11 +51,12 @@ from ckptools.hub.upload import (
     tag_taken,
     who,
 )
-from ckptools.hubref import cached_ref, is_hub_text, parse_hub_ref
+from ckptools.hubref import cached_ref, is_hub_text, is_revision, parse_hub_ref
 from ckptools.manifest import (
     MANIFEST_SUFFIX,
     merge_id,
     names_local_path,
+    without_addresses,
     written_formula,
 )
 from ckptools.pickles import is_pickle
@@ -196,6 +197,7 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
     Raises `UnsafeError` for pickles, `VerificationError` for what is not sound or failed its test
     render (unless `order.force_unchecked`), `UnsafeError` for what would name this machine.
     """
+    path = path if path.name not in ("", "..") else path.resolve()
     files = _files_of(path)
     detection, notes = _check(path, order)
     hashes = hash_source(path, progress=progress)
@@ -213,6 +215,8 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
     uploads += _beside(path, manifest)
     drawn = _drawn(path, order, {file.sha256 for file in weights.values()}, manifest)
     uploads += drawn.uploads
+    if path.is_dir() and (path / CARD).is_file():
+        notes.append(f"{CARD} of the folder is not sent: the card is written to the repository's")
     notes += [*drawn.notes, *_recipe_notes(order.recipe, manifest)]
     uploads += [small(RECIPE, _yaml(manifest["recipe"]))] if "recipe" in manifest else []
     _check_private(path, uploads, weights, order)
@@ -503,7 +507,7 @@ def _check_private(
     for upload in uploads:
         if upload.path in weights or not isinstance(upload.source, bytes):
             continue
-        if leak := _leak(upload.path, upload.source, path):
+        if leak := _leak(upload.path, upload.source, path, order):
             raise UnsafeError(
                 f"{leak} of this machine is in the file, and would be published",
                 where=upload.path,
@@ -512,7 +516,7 @@ def _check_private(
     with open_checkpoint(path) as checkpoint:
         headers = [checkpoint.metadata, *(file.header.metadata for file in checkpoint.files)]
     metadata = "\n".join(f"{key} {value}" for entries in headers for key, value in entries.items())
-    leak = _leak("metadata.txt", metadata.encode(errors="replace"), path)
+    leak = _leak("metadata.txt", metadata.encode(errors="replace"), path, order)
     if leak and not order.force_unchecked:
         raise UnsafeError(
             f"{leak} of this machine is in the metadata, and would be published",
@@ -521,8 +525,11 @@ def _check_private(
         )
 
 
-def _leak(name: str, data: bytes, path: Path) -> str:
-    """What a file tells of this machine, in a word; "" for nothing."""
+def _leak(name: str, data: bytes, path: Path, order: Order) -> str:
+    """What a file tells of this machine, in a word; "" for nothing.
+
+    The owner of the repository is no secret, whatever the user is called here.
+    """
     folders = {str(path.resolve().parent), str(Path.home())}
     long = [re.escape(folder).encode() for folder in folders if len(folder) >= _TELLING]
     if long and re.search(rb"(?:%b)(?![\w.-])" % b"|".join(long), data):
@@ -533,7 +540,10 @@ def _leak(name: str, data: bytes, path: Path) -> str:
     if not name.endswith(".html") and names_local_path(text):
         return "a path"
     words = {"the name": socket.gethostname(), "the user's name": _user()}
+    text = without_addresses(text)
     for what, word in words.items():
+        if word == order.repo.partition("/")[0]:
+            continue
         if len(word) >= _TELLING and re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", text):
             return what
     return ""
@@ -569,6 +579,11 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
     if order.as_pull_request and order.tag:
         raise UsageError("a pull request cannot be tagged", fix="tag it when it is merged")
     check_name(order.repo)
+    for word in (order.branch, order.tag):
+        if word and not is_revision(word):
+            raise UsageError(
+                f"{word!r} is no name of a branch or tag", fix="use letters and digits"
+            )
     if dry_run and is_offline():
         return _make_unknown(gathered, None)
     try:
@@ -598,6 +613,7 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
             fix="give --license with the one that this merge may carry",
         )
     facts = replace(gathered.facts, repo=repo, parents=parents)
+    _check_card(gathered, make_card(facts, licence))
     card = make_card(facts, licence, remote.readme)
     uploads = (*gathered.uploads, small(CARD, card.encode()))
     tagged = remote.tags.get(order.tag, "")
@@ -619,11 +635,22 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
     )
 
 
+def _check_card(gathered: Gathered, card: str) -> None:
+    """Refuse a card that our own words make tell of this machine; its owner's are there already."""
+    if leak := _leak(CARD, card.encode(), gathered.path, gathered.order):
+        raise UnsafeError(
+            f"{leak} of this machine is in the card, and would be published",
+            where=CARD,
+            fix="look at `ckptools card`; title, description and names of files come from you",
+        )
+
+
 def _make_unknown(gathered: Gathered, problem: NetworkError | None) -> Publication:
     """The plan as far as this machine knows it."""
     order, facts = gathered.order, gathered.facts
     licence = _licence(gathered, facts.parents, "")
     card = make_card(replace(facts, repo=order.repo), licence)
+    _check_card(gathered, card)
     uploads = (*gathered.uploads, small(CARD, card.encode()))
     asked = "did not answer" if problem else "was not asked (HF_HUB_OFFLINE)"
     notes = [

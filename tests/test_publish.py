@@ -257,7 +257,9 @@ def test_shards_and_their_index_are_published(client: Client, merged: Path, tmp_
     assert sum(name.endswith(".safetensors") for name in names) >= 2
 
 
-def test_a_diffusers_folder_is_published(client: Client, tmp_path: Path) -> None:
+def test_a_diffusers_folder_is_published(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "folder"
     assert run(["convert", str(TINY), str(folder), "-q"]) == 0
     client.publish(folder)
@@ -265,6 +267,12 @@ def test_a_diffusers_folder_is_published(client: Client, tmp_path: Path) -> None
     local = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert client.server.files(REPO) == local | {"README.md"}
     assert b"library_name: diffusers" in client.server.content(REPO, "README.md")
+    (folder / "README.md").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        here = gather(Path(), Order())
+    assert here.facts.title == "folder"
+    assert "README.md of the folder is not sent" in " ".join(here.notes)
     (folder / "vae" / "old.bin").write_bytes(b"x")
     with pytest.raises(UnsafeError, match="pickle"):
         gather(folder, Order())
@@ -613,6 +621,8 @@ def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(
         ({"repo": "a/b/c"}, UsageError, "is no name of a repository"),
         ({"repo": "../b"}, UsageError, "is no name of a repository"),
         ({"as_pull_request": True, "tag": "v1"}, UsageError, "cannot be tagged"),
+        ({"branch": "../main"}, UsageError, "no name of a branch or tag"),
+        ({"tag": "v 1"}, UsageError, "no name of a branch or tag"),
         ({"as_pull_request": True}, NetworkError, "no repository alice/mixed"),
     ],
 )
@@ -681,6 +691,29 @@ def test_nothing_that_is_uploaded_names_this_machine(client: Client, model: Path
     assert len(contents) == 9
     for word in words:
         assert not any(word.encode() in content for content in contents), word
+    assert {request.token for request in client.server.log if request.storage} == {""}
+
+
+def test_a_path_in_the_card_is_refused(client: Client, model: Path) -> None:
+    found = gather(model, Order(repo=REPO, description="made in /home/somebody/models"))
+
+    with pytest.raises(UnsafeError, match="a path of this machine is in the card"):
+        publish(found, client.hub)
+    assert not client.server.repos
+
+
+def test_the_owners_name_is_no_secret_and_the_users_is(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    licence = model.with_name("LICENSE.md")
+    licence.write_text("After hf://somebody/base, see https://huggingface.co/somebody/base")
+    monkeypatch.setattr("getpass.getuser", lambda: "somebody")
+    gather(model, Order(repo="someone/mixed"))
+    licence.write_text("Copyright somebody")
+    gather(model, Order(repo="somebody/mixed"))
+
+    with pytest.raises(UnsafeError, match="the user's name of this machine is in the file"):
+        gather(model, Order(repo="someone/mixed"))
 
 
 @pytest.mark.parametrize("name", ["report.html", "report.json"])

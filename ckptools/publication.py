@@ -51,7 +51,14 @@ from ckptools.hub.upload import (
     tag_taken,
     who,
 )
-from ckptools.hubref import cached_ref, is_hub_text, is_revision, parse_hub_ref
+from ckptools.hubref import (
+    cached_ref,
+    is_hub_text,
+    is_local,
+    is_revision,
+    parse_hub_ref,
+    shown,
+)
 from ckptools.manifest import (
     MANIFEST_SUFFIX,
     merge_id,
@@ -244,6 +251,11 @@ def _read(path: Path) -> bytes:
 
 def _files_of(path: Path) -> dict[str, Path]:
     """Path in the repository -> file, of the model itself."""
+    if not is_local(path):
+        raise UsageError(
+            "what is published is a model of this machine", where=shown(path),
+            fix="it is on the Hub already; download it to publish it elsewhere",
+        )  # fmt: skip
     if not path.exists():
         raise InputError("no such file", where=str(path), fix="check the path")
     if path.is_dir():

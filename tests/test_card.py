@@ -313,6 +313,7 @@ def test_parents_from_the_hub_are_linked(lone: Path) -> None:
     ("name", "content", "said"),
     [
         ("nothing.safetensors", None, "no such file"),
+        ("hf://me/model", None, "a model of this machine"),
         ("folder", "folder", "not a diffusers folder"),
         ("model.pt", b"\x80\x02.", "pickle"),
         ("model.safetensors", b"\x80\x02}q\x00.", "pickle"),
@@ -321,7 +322,7 @@ def test_parents_from_the_hub_are_linked(lone: Path) -> None:
 def test_what_cannot_be_published_is_told(
     tmp_path: Path, name: str, content: bytes | str | None, said: str
 ) -> None:
-    path = tmp_path / name
+    path = tmp_path / name if content or ":" not in name else Path(name)
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content:

@@ -30,6 +30,7 @@ from ckptools.errors import (
 )
 from ckptools.family import Detection, load_families
 from ckptools.hashing import FileHashes, Progress, hash_source
+from ckptools.hub import is_offline
 from ckptools.hub.card import Facts, Parent, Picture, Weights, card_licence, make_card
 from ckptools.hub.licences import Licence, inherit
 from ckptools.hub.upload import (
@@ -44,7 +45,6 @@ from ckptools.hub.upload import (
     check_name,
     commit,
     full_name,
-    is_offline,
     look,
     prepare,
     set_tag,

@@ -28,6 +28,13 @@ def look(path: Path) -> Checkpoint:
     return Hub().look(path)
 
 
+def is_offline() -> bool:
+    """Whether the user does not want the Hub to be asked (`HF_HUB_OFFLINE`)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def require_client() -> None:
     """A `UsageError` where the Hub's client is older than 1.0, whose requests are others.
 

@@ -30,7 +30,7 @@ from ckptools.checkpoint import (
 from ckptools.errors import CkptError, InputError, NetworkError, nearest_name, raise_all
 from ckptools.family import detect
 from ckptools.folders import chosen_weights, from_diffusers, open_folder
-from ckptools.hub import require_client
+from ckptools.hub import is_offline, require_client
 from ckptools.hubref import (
     HubRef,
     hub_ref_of,
@@ -189,7 +189,7 @@ class Hub:
         """The repository at the reference's revision, with all its files."""
         at = self._at_commit(ref)
         if (at.repo, at.revision) not in self._snapshots:
-            found = _in_cache(at) if _is_offline() else _ask(at)
+            found = _in_cache(at) if is_offline() else _ask(at)
             self._commits[_branch(ref)] = found.commit
             self._snapshots[ref.repo, found.commit] = found
             return found
@@ -204,7 +204,7 @@ class Hub:
         """Of a single file that the reference names; None where a listing is to tell of it."""
         at = self._at_commit(ref)
         is_listed = (at.repo, at.revision) in self._snapshots
-        if not ref.file.endswith(_WITH_HEADERS) or is_listed or _is_offline():
+        if not ref.file.endswith(_WITH_HEADERS) or is_listed or is_offline():
             return None
         with suppress(InputError):  # no such file, or a server that says little: the listing tells
             return self._head(ref)
@@ -579,12 +579,6 @@ def _shown_endpoint() -> str:
     """The Hub's address, without a password that may stand in it."""
     parts = urlsplit(_endpoint())
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _ask(ref: HubRef) -> Snapshot:

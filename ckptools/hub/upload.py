@@ -185,13 +185,6 @@ def connect(tell: Callable[[str], None], *, quiet: bool = False, patient: bool =
     return Hub(HfApi(library_name="ckptools"), tell, patient=patient)
 
 
-def is_offline() -> bool:
-    """Whether the user does not want the Hub to be asked (`HF_HUB_OFFLINE`)."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def _limit_times(*, patient: bool) -> None:
     """Let requests end where nothing arrives; the client itself would wait for ever."""
     from huggingface_hub import get_session, set_client_factory

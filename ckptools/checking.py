@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 from ckptools.check import Check, Report, check_weights
 from ckptools.errors import CkptError, InputError, ManyErrors, UsageError
 from ckptools.family import detect, kind_words
+from ckptools.hubref import short_name
 from ckptools.progress import Progress
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import check_pins, planned
@@ -154,9 +155,9 @@ def _refuse_strangers(model: Checkpoint, parent: Checkpoint) -> None:
 
 
 def _name(path: Path, taken: Mapping[str, object]) -> str:
-    name, number = path.stem, 2
+    name, number = short_name(path), 2
     while name in taken:
-        name, number = f"{path.stem} ({number})", number + 1
+        name, number = f"{short_name(path)} ({number})", number + 1
     return name
 
 

@@ -17,6 +17,7 @@ _SHOWN_COMMIT = 12
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_CACHED_REPO = re.compile(r"models--(.+?)--(.+)")
 _OTHER_KINDS = ("datasets", "spaces", "buckets")
 _FIX = "write hf://owner/repo, hf://owner/repo/file.safetensors or either with @revision"
 
@@ -130,6 +131,30 @@ def is_local(path: Path) -> bool:
     return path.parts[:1] != (_FOLDER,)
 
 
+def cached_ref(path: Path) -> HubRef | None:
+    """What a path in the Hub's cache is on the Hub; None for any other path.
+
+    Source of the layout: huggingface_hub, docs "Understand caching".
+
+    >>> str(cached_ref(Path("/hub/models--o--r/snapshots") / ("0" * 40) / "a/b.bin"))[:16]
+    'hf://o/r/a/b.bin'
+    """
+    for at in range(len(path.parts) - 3, -1, -1):
+        repo = _CACHED_REPO.fullmatch(path.parts[at])
+        folder, commit, *file = path.parts[at + 1 :]
+        if repo and folder == "snapshots" and is_commit(commit):
+            return HubRef(f"{repo[1]}/{repo[2]}", "/".join(file), commit)
+    return None
+
+
 def shown(path: Path) -> str:
-    """A path as its user wrote it, references to the Hub included."""
-    return str(path) if is_local(path) else SCHEME + "/".join(path.parts[1:])
+    """A path as its user wrote it; of what is, or was fetched from, the Hub the reference."""
+    if is_local(path):
+        return str(cached_ref(path) or path)
+    return SCHEME + "/".join(path.parts[1:])
+
+
+def short_name(path: Path) -> str:
+    """What to call a model: its file's name without the ending, or its repository's."""
+    ref = cached_ref(path)
+    return ref.repo.partition("/")[2] if ref and not ref.file else path.stem

@@ -24,10 +24,9 @@ from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
 from ckptools.folders import is_diffusers_folder
-from ckptools.hubref import is_local
+from ckptools.hub import look
 from ckptools.lineage import Lineage, read_lineage
 from ckptools.manifest import MANIFEST_SCHEMA, MANIFEST_SUFFIX
-from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ def inspect(
     statistics  read the values, too: of the tensors that `tensors` matches, or of all
     Raises as `open_checkpoint` does, and `InputError` for an adapter that is broken.
     """
-    with _open(path) as checkpoint:
+    with look(path) as checkpoint:
         detection = detect(checkpoint, checkpoint.metadata)
         family = family_of(detection)
         known = known_tensors(detection, checkpoint)
@@ -245,15 +244,6 @@ def inspect(
             rows=rows if tensors else (),
             statistics=_statistics(checkpoint, family, rows, progress) if statistics else None,
         )
-
-
-def _open(path: Path) -> Checkpoint:
-    """A source; of one on the Hub the headers alone."""
-    if is_local(path):
-        return open_checkpoint(path)
-    from ckptools.hub.remote import Hub  # loads the Hub's client
-
-    return Hub().look(path)
 
 
 def _adapter(path: Path) -> AdapterInspection:

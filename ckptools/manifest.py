@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
+from typing import Any
 
 from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.hubref import is_hub_text
 from ckptools.plan import Plan, Source
-from ckptools.recipe import ParamRef, lora_weight
+from ckptools.recipe import ParamRef, Recipe, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
 from ckptools.writer import Layout
 
@@ -51,7 +52,12 @@ class Embedded:
 
 def names_local_path(text: str) -> bool:
     """Whether a text holds a path of somebody's machine (web addresses are not)."""
-    return bool(_LOCAL_PATH.search(_WEB.sub(" ", text.replace("\\/", "/"))))  # JSON may write \/
+    return bool(_LOCAL_PATH.search(without_addresses(text)))
+
+
+def without_addresses(text: str) -> str:
+    """A text without its web addresses, and models on the Hub."""
+    return _WEB.sub(" ", text.replace("\\/", "/"))  # JSON may write \/
 
 
 def legacy_hash(checkpoint: Checkpoint) -> str:
@@ -83,17 +89,7 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
             loras.append(entry | {"weight": _lines(recipe.params[weights[source.name]])})
         else:
             models[source.name] = entry
-    document: dict[str, object] = {"ckptools": 1, "models": models}
-    params = {
-        ref.name: _lines(ref)
-        for ref in recipe.params.values()
-        if ref.name not in weights.values()
-    }  # fmt: skip
-    if params:
-        document["params"] = params
-    if recipe.lets:
-        document["let"] = {name: formula.text.strip() for name, formula in recipe.lets.items()}
-    document["merge"] = recipe.merge.text.strip()
+    document: dict[str, object] = {"ckptools": 1, "models": models, **written_formula(recipe)}
     document["base"] = recipe.base
     if loras:
         document["loras"] = loras
@@ -116,6 +112,42 @@ def canonical_recipe(plan: Plan, sha256s: Mapping[str, str]) -> dict[str, object
     if recipe.compat:
         document["compat"] = recipe.compat
     return document
+
+
+def written_formula(recipe: Recipe) -> dict[str, object]:
+    """`params`, `let` and `merge` of a recipe, as `canonical_recipe` has them."""
+    weights = {lora_weight(name) for name in recipe.loras}
+    params = {ref.name: _lines(ref) for ref in recipe.params.values() if ref.name not in weights}
+    lets = {name: formula.text.strip() for name, formula in recipe.lets.items()}
+    return {
+        **({"params": params} if params else {}),
+        **({"let": lets} if lets else {}),
+        "merge": recipe.merge.text.strip(),
+    }
+
+
+def merge_id(recipe: Mapping[str, Any], inputs: Sequence[tuple[str, str]]) -> str:
+    """A merge before it has bytes: sha256 of its recipe as data, pins left out, and its inputs.
+
+    recipe  as `canonical_recipe` has it
+    inputs  (name, sha256 of its headers) of every model, in order
+    """
+
+    def unpinned(entry: object) -> object:
+        if not isinstance(entry, Mapping):
+            return entry
+        return {key: value for key, value in entry.items() if key != "sha256"}
+
+    models = {name: unpinned(entry) for name, entry in recipe.get("models", {}).items()}
+    loras = [unpinned(entry) for entry in recipe.get("loras", [])]
+    document = {**recipe, "models": models, "loras": loras, "inputs": [list(one) for one in inputs]}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def planned_id(plan: Plan) -> str:
+    """The `merge_id` of what a plan would write."""
+    inputs = [(source.name, source.checkpoint.header_sha256) for source in plan.sources]
+    return merge_id(canonical_recipe(plan, {}), inputs)
 
 
 def _file_entry(source: Source, sha256s: Mapping[str, str]) -> dict[str, object]:

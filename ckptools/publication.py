@@ -30,6 +30,7 @@ from ckptools.errors import (
 )
 from ckptools.family import Detection, load_families
 from ckptools.hashing import FileHashes, Progress, hash_source
+from ckptools.hub import is_offline
 from ckptools.hub.card import Facts, Parent, Picture, Weights, card_licence, make_card
 from ckptools.hub.licences import Licence, inherit
 from ckptools.hub.upload import (
@@ -41,6 +42,7 @@ from ckptools.hub.upload import (
     Upload,
     card_facts,
     check_arrived,
+    check_name,
     commit,
     full_name,
     look,
@@ -49,8 +51,21 @@ from ckptools.hub.upload import (
     tag_taken,
     who,
 )
-from ckptools.hubref import is_hub_text, parse_hub_ref
-from ckptools.manifest import MANIFEST_SUFFIX, names_local_path
+from ckptools.hubref import (
+    cached_ref,
+    is_hub_text,
+    is_local,
+    is_revision,
+    parse_hub_ref,
+    shown,
+)
+from ckptools.manifest import (
+    MANIFEST_SUFFIX,
+    merge_id,
+    names_local_path,
+    without_addresses,
+    written_formula,
+)
 from ckptools.pickles import is_pickle
 from ckptools.soundness import verify_source
 from ckptools.sources import open_checkpoint
@@ -66,6 +81,7 @@ _HUGE_BYTES = 500_000_000_000  # the Hub takes no larger file
 _MOVES = 5
 _TELLING = 5  # characters: shorter names stand in many texts by chance
 _TEXTS = (".md", ".json", ".yaml", ".yml", ".html", ".txt", ".py")
+_RENDERED = (".png", ".html", ".json")
 _UNCHECKED = "mend it, or publish it as it is with --force-unchecked"
 
 
@@ -77,6 +93,8 @@ class Order:
     license          as given; "" inherits the parents'
     licenses, hub    model name of the recipe -> its licence, its `owner/name` on the Hub
     force_unchecked  publish what did not pass `verify` or its test render
+    renders          the folder of its test render; None: the one beside it
+    recipe           that stands for the model; None where the model itself was named
     """
 
     repo: str = ""
@@ -93,6 +111,8 @@ class Order:
     title: str = ""
     description: str = ""
     force_unchecked: bool = False
+    renders: Path | None = None
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,8 @@ class Publication:
     """What publishing would do, against the repository as it is now.
 
     visibility  that the repository has or will have
-    tag_action  "add", "same", or "" without a tag
+    tag_action  "add", "same", "unknown", or "" without a tag
+    problem     why nothing is known of the repository, where the Hub did not answer
     """
 
     gathered: Gathered
@@ -137,6 +158,7 @@ class Publication:
     rows: tuple[Row, ...]
     tag_action: str
     notes: tuple[str, ...]
+    problem: NetworkError | None = None
 
     @property
     def sent(self) -> tuple[Upload, ...]:
@@ -159,11 +181,13 @@ class Published:
 
 
 def order_of(recipe: Recipe) -> Order:
-    """What a recipe's `publish:` says."""
-    said = recipe.publish
+    """What a recipe's `publish:` says, and where its `render:` puts pictures."""
+    said, folder = recipe.publish, recipe.render.folder if recipe.render else ""
+    renders = recipe.path.parent / Path(folder).expanduser() if folder else None
     if said is None:
-        return Order()
+        return Order(renders=renders, recipe=recipe)
     return Order(
+        renders=renders, recipe=recipe,
         repo=said.repo, public=said.public, branch=said.branch or "main", tag=said.tag,
         license=said.license, license_link=said.license_link, licenses=said.licenses,
         hub=said.hub, tags=said.tags, title=said.title, description=said.description,
@@ -180,6 +204,7 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
     Raises `UnsafeError` for pickles, `VerificationError` for what is not sound or failed its test
     render (unless `order.force_unchecked`), `UnsafeError` for what would name this machine.
     """
+    path = path if path.name not in ("", "..") else path.resolve()
     files = _files_of(path)
     detection, notes = _check(path, order)
     hashes = hash_source(path, progress=progress)
@@ -194,20 +219,15 @@ def gather(path: Path, order: Order, *, progress: Progress | None = None) -> Gat
         else small(name, file)
         for name, file in files.items()
     ]
-    beside, rendered = _beside(path, manifest)
-    uploads += beside
-    verdict = str(rendered.get("verdict") or "")
-    if verdict == "fail" and not order.force_unchecked:
-        raise VerificationError(
-            "the test render of this model failed",
-            where=f"{_stem(path)}-render/report.json",
-            fix=_UNCHECKED,
-        )
-    if not rendered:
-        notes.append("not rendered: `ckptools render` shows whether it still draws")
+    uploads += _beside(path, manifest)
+    drawn = _drawn(path, order, {file.sha256 for file in weights.values()}, manifest)
+    uploads += drawn.uploads
+    if path.is_dir() and (path / CARD).is_file():
+        notes.append(f"{CARD} of the folder is not sent: the card is written to the repository's")
+    notes += [*drawn.notes, *_recipe_notes(order.recipe, manifest)]
     uploads += [small(RECIPE, _yaml(manifest["recipe"]))] if "recipe" in manifest else []
     _check_private(path, uploads, weights, order)
-    facts = _facts(path, order, weights, manifest, rendered, uploads, detection)
+    facts = _facts(path, order, weights, manifest, drawn, detection)
     with open_checkpoint(path) as checkpoint:
         own = checkpoint.metadata.get("modelspec.license", "")
     return Gathered(path, order, tuple(uploads), facts, own, tuple(notes))
@@ -231,6 +251,11 @@ def _read(path: Path) -> bytes:
 
 def _files_of(path: Path) -> dict[str, Path]:
     """Path in the repository -> file, of the model itself."""
+    if not is_local(path):
+        raise UsageError(
+            "what is published is a model of this machine", where=shown(path),
+            fix="it is on the Hub already; download it to publish it elsewhere",
+        )  # fmt: skip
     if not path.exists():
         raise InputError("no such file", where=str(path), fix="check the path")
     if path.is_dir():
@@ -251,6 +276,8 @@ def _files_of(path: Path) -> dict[str, Path]:
     else:
         found = {path.name: path}
     for name, file in found.items():
+        if path.is_dir():
+            _check_inside(path, file)
         if name.lower().endswith(_PICKLES) or (name.endswith(".safetensors") and is_pickle(file)):
             raise UnsafeError(
                 "a pickle, which may run code where it is loaded, is not published",
@@ -263,6 +290,21 @@ def _files_of(path: Path) -> dict[str, Path]:
                 fix="merge again with `shard_size: 5GB`",
             )  # fmt: skip
     return found
+
+
+def _check_inside(folder: Path, file: Path) -> None:
+    """Refuse a file of a folder that lies elsewhere by a link: it may be anything.
+
+    The Hub's cache links to blobs beside its snapshots, which are the folder's own.
+    """
+    own, target = folder.resolve(), file.resolve()
+    blobs = own.parent.parent / "blobs" if cached_ref(own) else own
+    if not target.is_relative_to(own) and not target.is_relative_to(blobs):
+        raise UnsafeError(
+            "a link that leaves the folder is not followed",
+            where=str(file),
+            fix="put the file itself there, or remove the link",
+        )
 
 
 def _check(path: Path, order: Order) -> tuple[Detection | None, list[str]]:
@@ -294,28 +336,88 @@ def _manifest(path: Path) -> dict[str, Any]:
     return document if isinstance(document, dict) and document.get("recipe") else {}
 
 
-def _beside(path: Path, manifest: Mapping[str, Any]) -> tuple[list[Upload], dict[str, Any]]:
-    """What lies beside the model: (manifest, licence text, renders; the render's report)."""
+def _beside(path: Path, manifest: Mapping[str, Any]) -> list[Upload]:
+    """The manifest and the licence text that lie beside the model."""
     found: list[Upload] = []
     if manifest:
         name = path.name.removesuffix(".index.json") + MANIFEST_SUFFIX
         found.append(small(name, path.with_name(name)))
-    folder = path.parent
     for text in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
-        if (folder / text).is_file():
-            found.append(small(text, folder / text))
+        if (path.parent / text).is_file():
+            found.append(small(text, path.parent / text))
             break
-    renders = folder / f"{_stem(path)}-render"
+    return found
+
+
+def _report(renders: Path) -> dict[str, Any]:
+    """What a test render found out; {} where there is none."""
     try:
         report = json.loads((renders / "report.json").read_bytes())
     except (OSError, ValueError):
-        return found, {}
-    if not isinstance(report, dict):
-        return found, {}
-    for file in sorted(renders.iterdir()):
-        if file.suffix in (".png", ".html", ".json") and file.is_file():
-            found.append(small(f"renders/{file.name}", file))
-    return found, report
+        return {}
+    return report if isinstance(report, dict) and isinstance(report.get("models"), dict) else {}
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The test render of a model: its report, what that calls the model, and its files."""
+
+    report: Mapping[str, Any]
+    label: str = ""
+    uploads: tuple[Upload, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _drawn(path: Path, order: Order, sha256s: set[str], manifest: Mapping[str, Any]) -> _Drawn:
+    """The test render of exactly these weights; one that failed is a `VerificationError`."""
+    folder = order.renders or path.parent / f"{_stem(path)}-render"
+    report = _report(folder)
+    label = _own_label(report, sha256s, manifest)
+    if not label:
+        other = f"{folder.name}/ shows other weights than these, and is not published; "
+        told = other if report else "not rendered: "
+        return _Drawn({}, notes=(f"{told}`ckptools render` shows whether it still draws",))
+    if report.get("verdict") == "fail" and not order.force_unchecked:
+        raise VerificationError(
+            "the test render of this model failed",
+            where=f"{folder.name}/report.json",
+            fix=_UNCHECKED,
+        )
+    files = (file for file in sorted(folder.iterdir()) if file.suffix in _RENDERED)
+    found = tuple(small(f"renders/{file.name}", file) for file in files if file.is_file())
+    return _Drawn(report, label, found)
+
+
+def _own_label(report: Mapping[str, Any], sha256s: set[str], manifest: Mapping[str, Any]) -> str:
+    """What a test render calls this model; "" where it did not draw it.
+
+    A merge that was drawn before it was saved is known by its recipe and its inputs.
+    """
+    inputs = [
+        (str(one.get("name")), str(one.get("header_sha256"))) for one in manifest.get("inputs", [])
+    ]
+    own_id = merge_id(manifest["recipe"], inputs) if manifest else ""
+    for label, facts in report.get("models", {}).items():
+        drawn = facts.get("sha256")
+        if set(drawn) == sha256s if drawn else own_id and facts.get("merge_id") == own_id:
+            return str(label)
+    return ""
+
+
+def _recipe_notes(recipe: Recipe | None, manifest: Mapping[str, Any]) -> list[str]:
+    """What a recipe says otherwise than the merge that was made of it."""
+    if recipe is None or not manifest:
+        return []
+    says = json.loads(json.dumps(written_formula(recipe)))
+    differing = [
+        key for key in ("merge", "let", "params") if says.get(key) != manifest["recipe"].get(key)
+    ]
+    if not differing:
+        return []
+    return [
+        f"{recipe.path.name} has another {' and '.join(f'`{key}`' for key in differing)} than the "
+        "file was merged with; what is published tells of the file"
+    ]
 
 
 def _yaml(recipe: object) -> bytes:
@@ -327,13 +429,12 @@ def _facts(
     order: Order,
     weights: Mapping[str, FileHashes],
     manifest: Mapping[str, Any],
-    report: Mapping[str, Any],
-    uploads: Sequence[Upload],
+    drawn: _Drawn,
     detection: Detection | None,
 ) -> Facts:
     family = detection.family or "" if detection else ""
     recipe = manifest.get("recipe", {})
-    names = {upload.path for upload in uploads}
+    names = {upload.path for upload in drawn.uploads}
     title = order.title or _stem(path)
     return Facts(
         repo="",
@@ -355,9 +456,9 @@ def _facts(
         parents=tuple(_parents(order, manifest)),
         recipe=RECIPE if recipe else "",
         output=str(recipe.get("output", {}).get("path", path.name)),
-        pictures=tuple(_pictures(report, names, path)),
+        pictures=tuple(_pictures(drawn.report, names, drawn.label)),
         sheet="renders/sheet.png" if "renders/sheet.png" in names else "",
-        verdict=str(report.get("verdict") or ""),
+        verdict=str(drawn.report.get("verdict") or ""),
         is_folder=path.is_dir(),
         tags=order.tags,
         description=order.description,
@@ -394,16 +495,14 @@ def _parents(order: Order, manifest: Mapping[str, Any]) -> list[Parent]:
     return parents
 
 
-def _pictures(report: Mapping[str, Any], names: set[str], path: Path) -> list[Picture]:
-    models = report.get("models", {})
-    own = [label for label, facts in models.items() if path.name in str(facts)] or [*models][-1:]
+def _pictures(report: Mapping[str, Any], names: set[str], own: str) -> list[Picture]:
     return [
         Picture(
             path=f"renders/{image['file']}",
             model=str(image["model"]),
             prompt=str(image.get("prompt") or ""),
             seed=int(image.get("seed") or 0),
-            is_merge=image["model"] in own,
+            is_merge=image["model"] == own,
         )
         for image in report.get("images", [])
         if f"renders/{image['file']}" in names
@@ -420,15 +519,16 @@ def _check_private(
     for upload in uploads:
         if upload.path in weights or not isinstance(upload.source, bytes):
             continue
-        if leak := _leak(upload.path, upload.source, path):
+        if leak := _leak(upload.path, upload.source, path, order):
             raise UnsafeError(
                 f"{leak} of this machine is in the file, and would be published",
                 where=upload.path,
                 fix="remove it there",
             )
     with open_checkpoint(path) as checkpoint:
-        metadata = "\n".join(f"{key} {value}" for key, value in checkpoint.metadata.items())
-    leak = _leak("metadata.txt", metadata.encode(errors="replace"), path)
+        headers = [checkpoint.metadata, *(file.header.metadata for file in checkpoint.files)]
+    metadata = "\n".join(f"{key} {value}" for entries in headers for key, value in entries.items())
+    leak = _leak("metadata.txt", metadata.encode(errors="replace"), path, order)
     if leak and not order.force_unchecked:
         raise UnsafeError(
             f"{leak} of this machine is in the metadata, and would be published",
@@ -437,8 +537,11 @@ def _check_private(
         )
 
 
-def _leak(name: str, data: bytes, path: Path) -> str:
-    """What a file tells of this machine, in a word; "" for nothing."""
+def _leak(name: str, data: bytes, path: Path, order: Order) -> str:
+    """What a file tells of this machine, in a word; "" for nothing.
+
+    The owner of the repository is no secret, whatever the user is called here.
+    """
     folders = {str(path.resolve().parent), str(Path.home())}
     long = [re.escape(folder).encode() for folder in folders if len(folder) >= _TELLING]
     if long and re.search(rb"(?:%b)(?![\w.-])" % b"|".join(long), data):
@@ -449,7 +552,10 @@ def _leak(name: str, data: bytes, path: Path) -> str:
     if not name.endswith(".html") and names_local_path(text):
         return "a path"
     words = {"the name": socket.gethostname(), "the user's name": _user()}
+    text = without_addresses(text)
     for what, word in words.items():
+        if word == order.repo.partition("/")[0]:
+            continue
         if len(word) >= _TELLING and re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", text):
             return what
     return ""
@@ -474,7 +580,8 @@ def make_card_alone(gathered: Gathered) -> tuple[str, Licence]:
 def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> Publication:
     """Compare what is here with what the Hub has; sends nothing.
 
-    dry_run  also works for users who are not logged in
+    dry_run  also works for users who are not logged in, and without the Hub: then as far as the
+             plan is known, with the `problem`; none where `HF_HUB_OFFLINE` asks for that
     Raises `UnsafeError` for a public repository without `--public`, `UsageError` where the licence
     is open, `NetworkError`.
     """
@@ -483,11 +590,24 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
         raise UsageError("no repository is named", fix="give --repo owner/name")
     if order.as_pull_request and order.tag:
         raise UsageError("a pull request cannot be tagged", fix="tag it when it is merged")
-    if not dry_run:
-        who(hub)
-    repo = full_name(hub, order.repo)
-    names = [upload.path for upload in gathered.uploads]
-    remote = look(hub, repo, order.branch, names)
+    check_name(order.repo)
+    for word in (order.branch, order.tag):
+        if word and not is_revision(word):
+            raise UsageError(
+                f"{word!r} is no name of a branch or tag", fix="use letters and digits"
+            )
+    if dry_run and is_offline():
+        return _make_unknown(gathered, None)
+    try:
+        if not dry_run:
+            who(hub)
+        repo = full_name(hub, order.repo)
+        names = [upload.path for upload in gathered.uploads]
+        remote = look(hub, repo, order.branch, names)
+    except NetworkError as exc:
+        if not dry_run:
+            raise
+        return _make_unknown(gathered, exc)
     if order.as_pull_request and not remote.exists:
         raise NetworkError(f"there is no repository {repo} to open a pull request in",
                            fix="publish without --pr")  # fmt: skip
@@ -505,6 +625,7 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
             fix="give --license with the one that this merge may carry",
         )
     facts = replace(gathered.facts, repo=repo, parents=parents)
+    _check_card(gathered, make_card(facts, licence))
     card = make_card(facts, licence, remote.readme)
     uploads = (*gathered.uploads, small(CARD, card.encode()))
     tagged = remote.tags.get(order.tag, "")
@@ -523,6 +644,44 @@ def make_publication(gathered: Gathered, hub: Hub, *, dry_run: bool = False) -> 
         rows=rows,
         tag_action=tag_action,
         notes=tuple(notes),
+    )
+
+
+def _check_card(gathered: Gathered, card: str) -> None:
+    """Refuse a card that our own words make tell of this machine; its owner's are there already."""
+    if leak := _leak(CARD, card.encode(), gathered.path, gathered.order):
+        raise UnsafeError(
+            f"{leak} of this machine is in the card, and would be published",
+            where=CARD,
+            fix="look at `ckptools card`; title, description and names of files come from you",
+        )
+
+
+def _make_unknown(gathered: Gathered, problem: NetworkError | None) -> Publication:
+    """The plan as far as this machine knows it."""
+    order, facts = gathered.order, gathered.facts
+    licence = _licence(gathered, facts.parents, "")
+    card = make_card(replace(facts, repo=order.repo), licence)
+    _check_card(gathered, card)
+    uploads = (*gathered.uploads, small(CARD, card.encode()))
+    asked = "did not answer" if problem else "was not asked (HF_HUB_OFFLINE)"
+    notes = [
+        *gathered.notes,
+        f"the Hub {asked}: whether {order.repo} is there, public, or up to date is not known",
+        "words of its owner in a card that is there stay; they are not in this one",
+    ]
+    if any(parent.hub and not parent.licence for parent in facts.parents):
+        notes.append("licences of parents on the Hub were not looked up")
+    return Publication(
+        gathered=gathered,
+        remote=Remote(order.repo, order.branch, is_known=False),
+        visibility="public" if order.public else "private",
+        card=card,
+        licence=licence,
+        rows=tuple(Row(upload, "unknown") for upload in uploads),
+        tag_action="unknown" if order.tag else "",
+        notes=tuple(notes),
+        problem=problem,
     )
 
 

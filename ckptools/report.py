@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, ManyErrors
-from ckptools.hubref import is_hub_text, is_local, shown
+from ckptools.hubref import cached_ref, is_hub_text, is_local, shown
 from ckptools.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def gigabytes(nbytes: float) -> str:
 
 def shown_path(path: Path) -> str:
     """A path without detours: recipes/../out is out."""
-    return os.path.normpath(path) if is_local(path) else shown(path)
+    is_elsewhere = not is_local(path) or cached_ref(path) is not None
+    return shown(path) if is_elsewhere else os.path.normpath(path)
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -10,6 +10,7 @@ from ckptools.adapters.extract import Extraction, Residual
 from ckptools.adapters.inspection import Inspection
 from ckptools.adapters.rewrite import Rewritten
 from ckptools.adapters.writing import Written
+from ckptools.hubref import is_local, shown
 from ckptools.report import _row, _show_table, _table, gigabytes, show_line
 
 _BAR_WIDTH = 40
@@ -62,7 +63,7 @@ def _kind(kinds: Mapping[str, int]) -> str:
 def inspection_json(found: Inspection) -> dict[str, object]:
     """Everything `lora inspect` tells, and the whole metadata."""
     return {
-        "file": str(found.path),
+        "file": shown(found.path),
         "bytes": found.nbytes,
         "tensors": found.tensors,
         "kind": _kind(found.kinds),
@@ -96,7 +97,8 @@ def _keys(numbers: Mapping[int, int] | Mapping[float, int]) -> dict[str, int]:
 
 def show_inspection(found: Inspection) -> None:
     """What the file is, in lines; components and training in tables."""
-    show_line(f"{found.path.name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors")
+    name = found.path.name if is_local(found.path) else shown(found.path)
+    show_line(f"{name}: {gigabytes(found.nbytes)}, {found.tensors:,} tensors")
     kinds = ", ".join(f"{kind} ({count:,})" for kind, count in found.kinds.items())
     show_line(f"  kind:    {kinds or 'no modules'}")
     show_line(f"  base:    {_fits(found.base)}")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from ckptools.publication import Publication, Published
-from ckptools.report import _row, _show_table, _table, gigabytes, show_line, show_message
+from ckptools.report import (
+    _row,
+    _show_table,
+    _table,
+    error_json,
+    gigabytes,
+    show_line,
+    show_message,
+)
 
 
 def publication_json(publication: Publication) -> dict[str, object]:
     """The contract keys of `publish --dry-run`."""
     order, remote = publication.gathered.order, publication.remote
-    licence = publication.licence
+    licence, problem = publication.licence, publication.problem
+    sent = sum(upload.nbytes for upload in publication.sent)
     return {
+        **({"error": error_json(problem)} if problem else {}),
         "repo": remote.repo,
-        "exists": remote.exists,
+        "exists": remote.exists if remote.is_known else None,
         "visibility": publication.visibility,
         "revision": remote.branch,
         "parent_commit": remote.head or None,
@@ -27,13 +37,14 @@ def publication_json(publication: Publication) -> dict[str, object]:
             }
             for row in publication.rows
         ],
-        "upload_bytes": sum(upload.nbytes for upload in publication.sent),
-        "up_to_date": publication.is_up_to_date,
+        "upload_bytes": sent if remote.is_known else None,
+        "up_to_date": publication.is_up_to_date if remote.is_known else None,
         "card": publication.card,
         "license": {
             "id": licence.id,
             "name": licence.name,
             "link": licence.link,
+            "refused": licence.refused,
             "why": list(licence.why),
             "parents": dict(licence.parents),
         },
@@ -56,13 +67,17 @@ def published_json(published: Published) -> dict[str, object]:
 def show_publication(publication: Publication) -> None:
     """Where it goes, every file and what becomes of it, the licence, and the card."""
     order, remote = publication.gathered.order, publication.remote
-    what = publication.visibility if remote.exists else f"{publication.visibility}, new"
+    what: str = publication.visibility
+    if not remote.exists:
+        what += ", new" if remote.is_known else " if it is new; its state is not known"
     how = "a pull request to " if order.as_pull_request else ""
     at = f"; on top of {remote.head[:12]}" if remote.head else ""
     show_line(f"repository: {remote.repo} ({what})")
     show_line(f"commit to:  {how}branch {remote.branch}{at}")
     if order.tag:
-        there = " (it is there)" if publication.tag_action == "same" else ""
+        there = {"same": " (it is there)", "unknown": " (if there is none)"}.get(
+            publication.tag_action, ""
+        )
         show_line(f"tag:        {order.tag}{there}")
     table = _table("file", "size", "sha256", "action", numbers=(1,), wide=(0,))
     for row in publication.rows:
@@ -70,12 +85,15 @@ def show_publication(publication: Publication) -> None:
              row.action)  # fmt: skip
     _show_table(table)
     licence = publication.licence
-    show_line(f"licence: {licence.name or licence.id} ({'; '.join(licence.why)})")
+    why = [licence.refused, *licence.why] if licence.refused else licence.why
+    name = "open" if licence.refused else licence.name or licence.id
+    show_line(f"licence: {name} ({'; '.join(why)})")
     sent = sum(upload.nbytes for upload in publication.sent)
     if publication.is_up_to_date:
         show_line("up to date: nothing to send")
     else:
-        show_line(f"to send: {gigabytes(sent)} in one commit")
+        most = "" if remote.is_known else "at most "
+        show_line(f"to send: {most}{gigabytes(sent)} in one commit")
     for note in publication.notes:
         show_line(f"note: {note}")
     show_line("")

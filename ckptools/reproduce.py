@@ -139,7 +139,7 @@ def _read(path: Path) -> _Manifest:
 
         hub = Hub()
         ref = hub.named(ref, MANIFEST_SUFFIX)
-        local = hub.fetch_file(ref)
+        local = hub.fetch_file(ref, most_bytes=MAX_MANIFEST_BYTES)
     where = str(ref or path)
     with open_file(local) as stream:
         size = local.stat().st_size
@@ -209,9 +209,10 @@ def _recipe(manifest: _Manifest, models: Mapping[str, Path], folder: Path) -> Re
             errors.append(exc)
     raise_all(errors)
     target = replace(recipe.output, path=str(folder / Path(recipe.output.path).name))
-    return replace(
-        recipe, path=folder / "recipe.yaml", models=MappingProxyType(found), output=target
-    )
+    return replace(  # nothing but a merge: pictures would be written wherever it says
+        recipe, path=folder / "recipe.yaml", models=MappingProxyType(found), output=target,
+        render=None, publish=None,
+    )  # fmt: skip
 
 
 def _found(manifest: _Manifest, ref: ModelRef, given: Path | None, folder: Path) -> ModelRef:

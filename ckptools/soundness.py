@@ -34,6 +34,7 @@ from ckptools.hashing import (
     from_byte,
     stream_file,
 )
+from ckptools.hub import look
 from ckptools.manifest import (
     HASH_KEY,
     MANIFEST_SCHEMA,
@@ -44,7 +45,6 @@ from ckptools.manifest import (
 from ckptools.plan import Plan
 from ckptools.progress import Progress as MergeProgress
 from ckptools.recipe import Recipe
-from ckptools.sources import open_checkpoint
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.workflow import check_pins, planned, tasks_of
 from ckptools.writer import Layout, lay_out
@@ -122,6 +122,7 @@ def verify_source(
     expect  a family ("sd1", "sd1/inpainting") or a kind ("lora") that it must be
     sha256  of the whole file, at least 10 hex digits
     recipe  compute this merge again, without writing it, and compare
+    Of a model on the Hub the header alone is read; what asks for values needs a file that is here.
     Raises `InputError` where the source cannot be read at all, `UsageError` for what cannot be
     asked; everything else is in the result.
     """
@@ -130,7 +131,7 @@ def verify_source(
     progress = progress or Silent()
     with ExitStack() as stack:
         try:
-            checkpoint = stack.enter_context(open_checkpoint(path))
+            checkpoint = stack.enter_context(look(path))
         except (InvalidFileError, UnsafeError) as exc:  # the file's own fault
             problem = Problem(exc.code, _in_words(exc, path))
             unsafe = isinstance(exc, UnsafeError)

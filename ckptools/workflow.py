@@ -124,7 +124,8 @@ def merge(
 
     threads      worker threads (default: the cores and one, 3 to 8); the bytes do not depend on it
     force        replace an existing output
-    hash_inputs  record the sha256 of every input, not only of pinned ones
+    hash_inputs  record the sha256 of every input, not only of pinned ones; a recipe that is to be
+                 published does anyway, for its card names them
     lock         merge the files that it names and no others
     pictures     told of the test pictures that the recipe asks for
     """
@@ -138,7 +139,8 @@ def merge(
         progress.planned(plan)
         if lock is not None:
             lock.check(plan.sources, progress)
-        sha256s = check_pins(plan.sources, hash_inputs=hash_inputs, progress=progress)
+        wanted = hash_inputs or recipe.publish is not None
+        sha256s = check_pins(plan.sources, hash_inputs=wanted, progress=progress)
         when = plan.recipe.render.when if plan.recipe.render else "never"
         drawn: Rendering | None = None
         if when != "never":

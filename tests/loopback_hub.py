@@ -111,6 +111,7 @@ class Fault:
                  and POST, of the answer's otherwise
     lose_reply   it is done, and the connection is closed instead of answered
     ignore_range the whole file with 200 is answered to a request for a part
+    without      headers that the answer lacks
     before       called first; it may change the hub
     skip         so many requests are served well first
     """
@@ -123,6 +124,7 @@ class Fault:
     cut_after: int | None = None
     lose_reply: bool = False
     ignore_range: bool = False
+    without: tuple[str, ...] = ()
     before: Callable[[], None] | None = None
     skip: int = 0
     times: int = 1
@@ -169,6 +171,7 @@ class LoopbackHub:
         self.folder, self.user, self.token, self.role = folder, user, token, role
         self.xet, self.part_bytes, self.lfs_bytes = xet, part_bytes, lfs_bytes
         self.repos: dict[str, Repo] = {}
+        self.renamed: dict[str, str] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()  # one change at a time
@@ -428,6 +431,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault is not None and fault.lose_reply:
                 self._hang_up()
                 return
+            for name in fault.without if fault else ():
+                reply.headers.pop(name, None)
             self._answer(reply, fault.cut_after if fault else None)
 
     def _fault(self, path: str) -> Fault | None:
@@ -796,6 +801,8 @@ class _Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def resolve(self, repo: str, rev: str, path: str) -> None:
+        if new := self.hub.renamed.get(repo):
+            raise _Reply(307, headers={"Location": f"/{new}/resolve/{rev}/{path}"})
         found = self._repo(repo)
         commit = self._commit(found, rev)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}

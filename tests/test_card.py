@@ -130,6 +130,22 @@ def test_families_have_their_own_pipeline(
     assert pipeline in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "web_ui", "comfy"),
+    [
+        ("checkpoint", "models/Stable-diffusion", "models/checkpoints"),
+        ("lora", "models/Lora", "models/loras"),
+        ("vae", "models/VAE", "models/vae"),
+        ("controlnet", "models/ControlNet", "models/controlnet"),
+    ],
+)
+def test_every_kind_of_file_has_its_folder(kind: str, web_ui: str, comfy: str) -> None:
+    text = make_card(replace(FACTS, kind=kind), MIT)
+
+    assert f"put the file into `{web_ui}`." in text
+    assert f"put the file into `{comfy}`." in text
+
+
 def test_a_model_that_is_no_merge_has_no_formula() -> None:
     text = make_card(
         replace(FACTS, formula="", parents=(), params={}, recipe="", pictures=(), sheet="",
@@ -297,6 +313,7 @@ def test_parents_from_the_hub_are_linked(lone: Path) -> None:
     ("name", "content", "said"),
     [
         ("nothing.safetensors", None, "no such file"),
+        ("hf://me/model", None, "a model of this machine"),
         ("folder", "folder", "not a diffusers folder"),
         ("model.pt", b"\x80\x02.", "pickle"),
         ("model.safetensors", b"\x80\x02}q\x00.", "pickle"),
@@ -305,7 +322,7 @@ def test_parents_from_the_hub_are_linked(lone: Path) -> None:
 def test_what_cannot_be_published_is_told(
     tmp_path: Path, name: str, content: bytes | str | None, said: str
 ) -> None:
-    path = tmp_path / name
+    path = tmp_path / name if content or ":" not in name else Path(name)
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,6 +31,7 @@ from ckptools.hub.card import Parent
 from ckptools.hub.upload import Hub
 from ckptools.publication import Gathered, Order, Published, gather, make_publication, publish
 from ckptools.recipe import load_recipe
+from ckptools.report_publish import show_publication
 from ckptools.workflow import merge
 
 # The client's own way of sending open files.
@@ -45,9 +48,8 @@ output: {path: mixed.safetensors}
 publish: {repo: alice/mixed, tags: [test]}
 """
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-REPORT = {
+REPORT: dict[str, Any] = {
     "verdict": "pass",
-    "models": {"A": {"file": "A.safetensors"}, "mixed": {"file": "mixed.safetensors"}},
     "images": [
         {"file": "a.png", "model": "A", "prompt": "a red circle", "seed": 1},
         {"file": "m.png", "model": "mixed", "prompt": "a red circle", "seed": 1},
@@ -140,8 +142,14 @@ def add_render(model: Path, **changed: object) -> Path:
     for name in ("a.png", "m.png", "sheet.png"):
         (folder / name).write_bytes(PNG + name.encode())
     (folder / "report.html").write_text("<p>fine</p>")
-    (folder / "report.json").write_text(json.dumps(REPORT | changed))
+    (folder / "report.json").write_text(json.dumps(report_on(model) | changed))
     return folder
+
+
+def report_on(model: Path) -> dict[str, Any]:
+    """What a test render of the model would report."""
+    own = {"file": model.name, "sha256": [hashlib.sha256(model.read_bytes()).hexdigest()]}
+    return REPORT | {"models": {"A": {"file": "A.safetensors", "sha256": ["0" * 64]}, "mixed": own}}
 
 
 def weights_sent(hub: LoopbackHub) -> int:
@@ -249,7 +257,9 @@ def test_shards_and_their_index_are_published(client: Client, merged: Path, tmp_
     assert sum(name.endswith(".safetensors") for name in names) >= 2
 
 
-def test_a_diffusers_folder_is_published(client: Client, tmp_path: Path) -> None:
+def test_a_diffusers_folder_is_published(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "folder"
     assert run(["convert", str(TINY), str(folder), "-q"]) == 0
     client.publish(folder)
@@ -257,6 +267,12 @@ def test_a_diffusers_folder_is_published(client: Client, tmp_path: Path) -> None
     local = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert client.server.files(REPO) == local | {"README.md"}
     assert b"library_name: diffusers" in client.server.content(REPO, "README.md")
+    (folder / "README.md").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        here = gather(Path(), Order())
+    assert here.facts.title == "folder"
+    assert "README.md of the folder is not sent" in " ".join(here.notes)
     (folder / "vae" / "old.bin").write_bytes(b"x")
     with pytest.raises(UnsafeError, match="pickle"):
         gather(folder, Order())
@@ -415,25 +431,63 @@ def test_a_token_that_may_only_read_is_refused_first(client: Client, model: Path
     assert not client.server.requests("POST")
 
 
-def test_killed_between_upload_and_commit(client: Client, model: Path, tmp_path: Path) -> None:
+def publish_until_killed(server: LoopbackHub, model: Path, folder: Path, **more: str) -> None:
+    """Publish in another process, which ends when it commits."""
     environment = dict(os.environ) | {
-        "HF_ENDPOINT": client.server.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
+        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), **more,
+    }  # fmt: skip
     arguments = ["publish", str(model), "--repo", REPO]
     code = f"from ckptools.cli import run; run({arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    client.server.fail(
-        "POST", "/commit/", status=500, before=lambda: os.kill(process.pid, signal.SIGKILL)
-    )
+    server.fail("POST", "/commit/", status=500, before=lambda: os.kill(process.pid, signal.SIGKILL))
     assert process.wait(60) == -signal.SIGKILL
-    assert client.server.files(REPO) == set()
+    assert server.files(REPO) == set()
+
+
+def test_killed_between_upload_and_commit(client: Client, model: Path, tmp_path: Path) -> None:
+    publish_until_killed(client.server, model, tmp_path, HF_HUB_DISABLE_XET="1")
     assert weights_sent(client.server) == 1
     client.publish(model)
 
     assert weights_sent(client.server) == 1
     assert client.server.content(REPO, "mixed.safetensors") == model.read_bytes()
+
+
+class XetCounter:
+    """In place of the client's progress bars: how many bytes Xet read, and how many it sent."""
+
+    read, sent = 0, 0
+
+    def update_progress(self, total: Any, items: object) -> None:
+        XetCounter.read = total.total_bytes_completed
+        XetCounter.sent = total.total_transfer_bytes_completed
+
+    def close(self) -> None:
+        """As bars have it."""
+
+
+def test_killed_between_upload_and_commit_over_xet(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored() -> dict[str, tuple[int, int]]:
+        """The blocks of chunks in Xet's store, and when they were written."""
+        found = sorted((server.folder / "cas").rglob("xorbs/xorbs/default.*"))
+        return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+    reporter = "huggingface_hub.utils._xet_progress_reporting.XetUploadProgressReporter"
+    monkeypatch.setattr(reporter, XetCounter)
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)
+    with LoopbackHub(tmp_path / "hub", xet=True) as server:
+        log_in(server, tmp_path, monkeypatch)
+        publish_until_killed(server, model, tmp_path)
+        blocks = stored()
+        assert sum(nbytes for nbytes, _ in blocks.values()) > model.stat().st_size / 2
+        Client(server).publish(model)
+
+        assert stored() == blocks
+        assert (XetCounter.read, XetCounter.sent) == (model.stat().st_size, 0)
+        assert server.content(REPO, "mixed.safetensors") == model.read_bytes()
+        assert not server.requests("PUT")
 
 
 def test_other_bytes_on_the_hub_than_were_sent_are_noticed(client: Client, model: Path) -> None:
@@ -501,6 +555,53 @@ def test_a_merge_whose_render_failed_is_refused_unless_forced(model: Path) -> No
     assert gather(model, Order(force_unchecked=True)).facts.verdict == "fail"
 
 
+def test_a_render_of_other_weights_is_not_published(model: Path) -> None:
+    folder = add_render(model, verdict="fail")
+    other = {"mixed": {"file": model.name, "sha256": ["1" * 64]}}
+    (folder / "report.json").write_text(json.dumps(report_on(model) | {"models": other}))
+    found = gather(model, Order())
+
+    assert not any(upload.path.startswith("renders/") for upload in found.uploads)
+    assert (found.facts.verdict, found.facts.pictures) == ("", ())
+    assert any("mixed-render/ shows other weights than these" in note for note in found.notes)
+
+
+def test_the_folder_that_a_recipe_gives_its_pictures_is_looked_at(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_render(model, verdict="fail").rename(model.with_name("pictures"))
+    recipe = model.with_name("recipe.yaml")
+    recipe.write_text(RECIPE + "render: {when: never, folder: pictures}\n")
+
+    assert run(["publish", str(recipe), "--dry-run"]) == 1
+    assert "pictures/report.json: the test render of this model failed" in capsys.readouterr().err
+
+
+def test_a_link_that_leaves_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert run(["convert", str(TINY), str(folder), "-q"]) == 0
+    (tmp_path / "secret.txt").write_text("secret")
+    link = folder / "notes.txt"
+    link.symlink_to(folder / "model_index.json")
+    gather(folder, Order())
+    link.unlink()
+    link.symlink_to(tmp_path / "secret.txt")
+
+    with pytest.raises(UnsafeError, match="a link that leaves the folder"):
+        gather(folder, Order())
+
+
+def test_a_recipe_whose_output_is_not_there_says_what_to_do(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(merged / "recipe.yaml", tmp_path)
+
+    assert run(["publish", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "the recipe's output is not there" in said
+    assert f"fix: make it: ckptools merge {tmp_path / 'recipe.yaml'}" in said
+
+
 def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(
     client: Client, model: Path
 ) -> None:
@@ -520,6 +621,8 @@ def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(
         ({"repo": "a/b/c"}, UsageError, "is no name of a repository"),
         ({"repo": "../b"}, UsageError, "is no name of a repository"),
         ({"as_pull_request": True, "tag": "v1"}, UsageError, "cannot be tagged"),
+        ({"branch": "../main"}, UsageError, "no name of a branch or tag"),
+        ({"tag": "v 1"}, UsageError, "no name of a branch or tag"),
         ({"as_pull_request": True}, NetworkError, "no repository alice/mixed"),
     ],
 )
@@ -588,12 +691,35 @@ def test_nothing_that_is_uploaded_names_this_machine(client: Client, model: Path
     assert len(contents) == 9
     for word in words:
         assert not any(word.encode() in content for content in contents), word
+    assert {request.token for request in client.server.log if request.storage} == {""}
+
+
+def test_a_path_in_the_card_is_refused(client: Client, model: Path) -> None:
+    found = gather(model, Order(repo=REPO, description="made in /home/somebody/models"))
+
+    with pytest.raises(UnsafeError, match="a path of this machine is in the card"):
+        publish(found, client.hub)
+    assert not client.server.repos
+
+
+def test_the_owners_name_is_no_secret_and_the_users_is(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    licence = model.with_name("LICENSE.md")
+    licence.write_text("After hf://somebody/base, see https://huggingface.co/somebody/base")
+    monkeypatch.setattr("getpass.getuser", lambda: "somebody")
+    gather(model, Order(repo="someone/mixed"))
+    licence.write_text("Copyright somebody")
+    gather(model, Order(repo="somebody/mixed"))
+
+    with pytest.raises(UnsafeError, match="the user's name of this machine is in the file"):
+        gather(model, Order(repo="someone/mixed"))
 
 
 @pytest.mark.parametrize("name", ["report.html", "report.json"])
 def test_a_path_in_a_render_is_refused(model: Path, name: str) -> None:
     folder = add_render(model)
-    (folder / name).write_text(json.dumps(REPORT | {"note": str(model)}))
+    (folder / name).write_text(json.dumps(report_on(model) | {"note": str(model)}))
     with pytest.raises(UnsafeError, match="a path of this machine"):
         gather(model, Order())
 
@@ -603,6 +729,21 @@ def test_a_path_in_the_metadata_is_refused(model: Path) -> None:
     save_file(load_file(model), other, {"note": "/home/somebody/models/A.safetensors"})
     with pytest.raises(UnsafeError, match="in the metadata"):
         gather(other, Order())
+
+
+def test_a_path_in_the_header_of_a_second_shard_is_refused(merged: Path, tmp_path: Path) -> None:
+    for name in "ABC":
+        (tmp_path / f"{name}.safetensors").symlink_to(merged / f"{name}.safetensors")
+    text = RECIPE.replace("mixed.safetensors}", "mixed.safetensors, dtype: fp32, shard_size: 1MB}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    index = merge(load_recipe(tmp_path / "recipe.yaml")).output
+    gather(index, Order())
+    shard = max(tmp_path.glob("mixed-*.safetensors"))
+    save_file(load_file(shard), shard, {"note": "/home/somebody/models/A.safetensors"})
+    index.with_name("mixed.safetensors.ckptools.json").unlink()
+
+    with pytest.raises(UnsafeError, match="in the metadata"):
+        gather(index, Order())
 
 
 # --- the plan and the command --------------------------------------------------------------------
@@ -649,6 +790,153 @@ def test_a_dry_run_needs_no_login(
     assert "to send: " in shown
     assert code == 4
     assert "hf auth login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["shown", "json"])
+def test_a_dry_run_without_the_hub_shows_what_is_known_at_once(
+    hub: LoopbackHub,
+    model: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code = run(["publish", str(model), "--repo", REPO, "--tag", "v1", "--dry-run", *words])
+    said = capsys.readouterr()
+
+    assert code == 4
+    assert "trying again" not in said.err
+    if not words:
+        assert "alice/mixed (private if it is new; its state is not known)" in said.out
+        assert "unknown" in said.out
+        assert "licence: creativeml-openrail-m (all 3 parents have it)" in said.out
+        assert "the Hub did not answer" in said.out
+        assert "  license: creativeml-openrail-m" in said.out
+        assert "error: cannot look at alice/mixed: no answer from the Hub" in said.err
+        return
+    plan = json.loads(said.out)
+    assert plan["error"]["code"] == "network"
+    assert plan["exists"] is plan["up_to_date"] is plan["upload_bytes"] is None
+    assert plan["parent_commit"] is None
+    assert (plan["visibility"], plan["revision"]) == ("private", "main")
+    assert plan["tag"] == {"name": "v1", "action": "unknown"}
+    assert {file["action"] for file in plan["files"]} == {"unknown"}
+    assert plan["files"][0]["bytes"] == model.stat().st_size
+    assert plan["files"][0]["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert plan["license"]["id"] == "creativeml-openrail-m"
+    assert plan["card"].startswith("---\nlicense: creativeml-openrail-m\n")
+
+
+def test_a_dry_run_that_is_to_ask_nobody_is_no_failure(
+    hub: LoopbackHub,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(["publish", str(model), "--repo", "mixed", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+
+    assert "error" not in plan
+    assert plan["exists"] is None
+    assert any("HF_HUB_OFFLINE" in note for note in plan["notes"])
+    assert run(["publish", str(model), "--repo", "a--b", "--dry-run"]) == 2
+    assert hub.log == []
+
+
+def test_a_dry_run_asks_a_busy_hub_once_more(client: Client, model: Path) -> None:
+    hub = replace(client.hub, patient=False)
+    wanted = replace(gathered(model), order=Order(repo=REPO))
+    client.server.fail("GET", "/api/models/", status=503, retry_after=600)
+    assert make_publication(wanted, hub, dry_run=True).problem is None
+    client.server.fail("GET", "/api/models/", status=503, times=99)
+    found = make_publication(wanted, hub, dry_run=True)
+
+    assert found.problem
+    assert "the Hub has trouble (503" in found.problem.what
+    assert client.waits == [3.0, pytest.approx(1.5, abs=0.5)]
+
+
+def test_what_cannot_be_known_of_a_licence_without_the_hub_is_open(
+    client: Client, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    one = with_parents(model, Parent("A", "a", "org/a", "", "", ""))
+    plan = make_publication(one, client.hub, dry_run=True)
+    show_publication(plan)
+
+    assert plan.licence.refused == "the licence of A is not known"
+    assert "licences of parents on the Hub were not looked up" in plan.notes
+    assert "licence: open (the licence of A is not known; A: unknown)" in capsys.readouterr().out
+
+
+DRAWN = """\
+ckptools: 1
+models: {{A: A.safetensors, B: B.safetensors, C: C.safetensors}}
+params: {{M: 0.5}}
+merge: A + (B - C) * M
+output: {{path: out/mixed.safetensors}}
+render: {{when: {when}, steps: 4, prompts: [a red circle]}}
+publish: {{repo: alice/drawn, tag: v1, tags: [art]}}
+"""
+
+
+@pytest.fixture
+def drawn(hub: LoopbackHub, tmp_path: Path) -> Path:
+    """A folder with the embedded models, to which recipes are written; a Hub is there."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for name in "ABC":
+        (folder / f"{name}.safetensors").symlink_to(TINY.with_name(f"{name}.safetensors"))
+    return folder / "recipe.yaml"
+
+
+def test_one_recipe_is_merged_drawn_and_published(
+    hub: LoopbackHub, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn.write_text(DRAWN.format(when="before_save"))
+    assert run(["merge", str(drawn), "-q", "--set", "M=0.25"]) == 0
+    assert run(["publish", str(drawn)]) == 0
+    said = capsys.readouterr()
+    card = hub.content("alice/drawn", "README.md").decode()
+
+    assert "recipe.yaml has another `params` than the file was merged with" in said.err
+    assert "| M | default | 0.25 |" in card
+    assert "Test render: **pass**" in card
+    assert "](renders/merge--prompt1--seed1.png)" in card
+    assert hashlib.sha256(TINY.read_bytes()).hexdigest() in card  # of A, without --hash-inputs
+    assert "renders/sheet.png" in hub.files("alice/drawn")
+    parents = drawn.parent / "again"
+    parents.mkdir()
+    for name in "ABC":
+        (parents / f"{name}.safetensors").symlink_to(TINY.with_name(f"{name}.safetensors"))
+    (parents / "recipe.yaml").write_bytes(hub.content("alice/drawn", "recipe.yaml"))
+    again = merge(load_recipe(parents / "recipe.yaml"))  # as the card says
+    assert again.output.read_bytes() == hub.content("alice/drawn", "mixed.safetensors")
+
+    drawn.write_text(DRAWN.format(when="never"))
+    assert run(["merge", str(drawn), "-q", "--force"]) == 0
+    assert run(["publish", str(drawn), "--tag", "v2"]) == 0
+    assert "shows other weights than these" in capsys.readouterr().err
+    assert "Test render" not in hub.content("alice/drawn", "README.md").decode()
+
+
+@pytest.mark.parametrize("when", ["before_save", "after_save"])
+def test_a_recipe_whose_render_fails_is_not_published(
+    hub: LoopbackHub, drawn: Path, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn.write_text(DRAWN.format(when=when))
+    assert run(["merge", str(drawn), "-q", "--set", "M=60"]) == 1
+    code = run(["publish", str(drawn)])
+    said = capsys.readouterr().err
+
+    assert hub.log == []
+    if when == "before_save":
+        assert code == 2
+        assert "the recipe's output is not there" in said
+    else:
+        assert code == 1
+        assert "the test render of this model failed" in said
 
 
 def test_a_recipe_stands_for_its_output(

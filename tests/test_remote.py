@@ -126,8 +126,9 @@ def test_inspect_reads_the_header_alone_and_says_what_it_says_of_the_file(
     assert len(pair.log) == 3  # what is there, where it lies, the part
 
 
+@pytest.mark.parametrize("revision", ["", "@main", "@v1", "@commit"])
 def test_a_full_size_sdxl_file_takes_two_requests_and_half_a_megabyte(
-    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], revision: str
 ) -> None:
     specs = sorted(layout("sdxl").values(), key=lambda spec: (-DTYPES[spec.dtype].bits, spec.name))
     entries, at = {}, 0
@@ -140,19 +141,82 @@ def test_a_full_size_sdxl_file_takes_two_requests_and_half_a_megabyte(
     path.write_bytes(struct.pack("<Q", len(raw)) + raw)
     with path.open("r+b") as stream:
         stream.truncate(8 + len(raw) + at)  # sparse: a few hundred kB on the disk
-    hub.put_sparse("alice/xl", "sdxl.safetensors", path)
+    commit = hub.put_sparse("alice/xl", "sdxl.safetensors", path).oid
+    hub.repos["alice/xl"].tags["v1"] = commit
+    revision = revision.replace("commit", commit)
 
-    assert run(["inspect", "hf://alice/xl/sdxl.safetensors", "--json"]) == 0
+    assert run(["inspect", f"hf://alice/xl/sdxl.safetensors{revision}", "--json"]) == 0
 
     found = answer(capsys)
     assert at > 6_900_000_000
     assert found["family"] == "sdxl"
     assert found["whole"] is True
-    parts = hub.requests("GET", "/cdn/")
-    assert len(parts) == 1
-    assert len(hub.requests("GET", "/resolve/")) == 1
-    assert parts[0].headers["Range"] == f"bytes=0-{FIRST_READ_BYTES - 1}"
+    assert len(hub.log) == 2  # where it lies, the part
+    (part,) = hub.requests("GET", "/cdn/")
+    assert part.headers["Range"] == f"bytes=0-{FIRST_READ_BYTES - 1}"
+    assert FIRST_READ_BYTES < 1_000_000
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_what_one_request_told_of_a_file_holds_for_the_session(
+    pair: LoopbackHub, sd1_models: Models
+) -> None:
+    file = Path("hf://alice/a/model.safetensors")
+    hub = Hub()
+    hub.look(file).close()
+    first = pair.repos["alice/a"].branches["main"]
+    pair.put("alice/a", {"model.safetensors": sd1_models[2], "b.safetensors": sd1_models[1]})
+
+    with hub.look(file) as again, open_checkpoint(sd1_models[0]) as local:
+        assert again.header_sha256 == local.header_sha256
+    assert len(pair.log) == 2
+    with pytest.raises(InputError, match=r"no file 'b\.safetensors'"):
+        hub.look(Path("hf://alice/a/b.safetensors"))  # of the commit that came later
+    with hub.open_whole(file) as whole, open_checkpoint(sd1_models[0]) as local:
+        name = next(iter(local))
+        assert whole.read(name) == local.read(name)
+    assert hub.find(HubRef("alice/a", "model.safetensors")).ref.revision == first
+
+
+def test_a_file_that_the_hub_keeps_itself_takes_one_request(
+    hub: LoopbackHub, sd1_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "is_large", lambda *_: False)
+    hub.put("alice/a", {"m.safetensors": sd1_models[0]}, private=False)
+
+    with Hub().look(Path("hf://alice/a/m.safetensors")) as found:
+        with open_checkpoint(sd1_models[0]) as local:
+            assert found.header_sha256 == local.header_sha256
+        assert found.file_bytes == sd1_models[0].stat().st_size
+    assert len(hub.log) == 1
+    hub.fail("GET", "/resolve/", ignore_range=True, times=2)
+    assert "ignores ranges" in look_error("hf://alice/a/m.safetensors").what
+
+
+@pytest.mark.parametrize("header", ["X-Repo-Commit", "X-Linked-Size"])
+def test_a_mirror_that_says_little_of_a_file_is_asked_for_all_files(
+    pair: LoopbackHub, header: str
+) -> None:
+    pair.fail("GET", "/resolve/", without=(header,), times=2)
+
+    Hub().look(Path("hf://alice/a/model.safetensors")).close()
+
+    assert len(pair.requests("GET", "/api/models/")) == 1
+    assert len(pair.requests("GET", "/cdn/")) == 1
+
+
+def test_a_repository_that_was_renamed_is_found_under_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd1_models: Models
+) -> None:
+    with hub_in(tmp_path, monkeypatch, token=TOKEN) as hub:
+        hub.token = TOKEN
+        hub.put("alice/new", {"m.safetensors": sd1_models[0]})
+        hub.renamed["alice/old"] = "alice/new"
+        Hub().look(Path("hf://alice/old/m.safetensors")).close()
+
+        assert [request.token for request in hub.log] == [TOKEN, TOKEN, ""]
+        hub.renamed["alice/round"] = "alice/round"
+        assert "redirects again and again" in look_error("hf://alice/round/m.safetensors").what
 
 
 def test_a_long_header_takes_one_more_part(
@@ -170,6 +234,7 @@ def test_a_long_header_takes_one_more_part(
             remote.read(name)
         remote.check_unchanged()
     assert len(hub.requests("GET", "/cdn/")) == 2
+    assert len(hub.requests("GET", "/resolve/")) == 1
 
 
 def test_values_within_the_first_part_are_read(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -226,10 +291,7 @@ def test_a_header_of_a_length_that_cannot_be_is_refused(hub: LoopbackHub, length
     assert len(hub.requests("GET", "/cdn/")) == 1
 
 
-def test_a_file_that_changes_between_two_parts_is_refused(
-    hub: LoopbackHub, sd1_models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ckptools.hub.remote.FIRST_READ_BYTES", 1000)
+def test_a_file_that_is_not_the_listed_one_is_refused(hub: LoopbackHub, sd1_models: Models) -> None:
     commit = hub.put("alice/a", {"model.safetensors": sd1_models[0]}, private=False)
 
     def change() -> None:
@@ -238,12 +300,37 @@ def test_a_file_that_changes_between_two_parts_is_refused(
         files = dict(commit.files) | {"model.safetensors": other}
         repo.commits[commit.oid] = type(commit)(commit.oid, commit.parent, "", "", files)
 
-    hub.fail("GET", "/resolve/", skip=1, before=change)
+    hub.fail("GET", "/resolve/", before=change)
 
     error = look_error("hf://alice/a")
 
     assert isinstance(error, NetworkError)
     assert "the revision moved while it was read: its sha256 was" in error.what
+
+
+def test_a_file_that_changes_between_two_parts_is_refused(
+    pair: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptools.hub.remote.FIRST_READ_BYTES", 1000)
+    pair.fail("GET", "/cdn/", skip=1, without=("ETag",))
+
+    error = look_error("hf://alice/a/model.safetensors")
+
+    assert error.what == "the revision moved while it was read: its ETag changed"
+
+
+def test_a_file_that_is_listed_as_another_before_its_download_is_refused(
+    pair: LoopbackHub, sd1_models: Models
+) -> None:
+    hub, file = Hub(), Path("hf://alice/a/model.safetensors")
+    hub.look(file).close()
+    repo = pair.repos["alice/a"]
+    commit = repo.commits[repo.branches["main"]]
+    other = dict(commit.files) | {"model.safetensors": pair.stored(sd1_models[1].read_bytes())}
+    repo.commits[commit.oid] = replace(commit, files=other)
+
+    with pytest.raises(NetworkError, match="moved while it was read: its sha256 was"):
+        hub.open_whole(file)
 
 
 def renamed(hub: LoopbackHub, oid: str, name: str = "alice/a") -> Callable[[], None]:
@@ -398,6 +485,18 @@ def test_an_index_that_leaves_its_repository_is_refused_before_any_request(
     assert hub.requests("GET", "bob") == []
 
 
+def test_an_index_that_is_no_text_by_its_size_is_not_fetched(
+    hub: LoopbackHub, sd1_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptools.hub.remote.MAX_HEADER_BYTES", 10_000)
+    hub.put("alice/s", shards(sd1_models[0], names=NAMES), private=False)
+
+    for attempt in (Hub().look, Hub().open_whole):
+        with pytest.raises(InputError, match="10,000 are read at most of such a file"):
+            attempt(Path("hf://alice/s"))
+    assert hub.requests("GET", "/resolve/") == []
+
+
 def test_an_index_of_shards_that_are_not_there_is_refused(
     hub: LoopbackHub, sd1_models: Models
 ) -> None:
@@ -451,20 +550,23 @@ def test_what_the_hub_refuses_is_exit_code_4(
 
 def test_errors_of_a_part_are_told_too(pair: LoopbackHub) -> None:
     pair.fail("GET", "/cdn/", status=503)
-
     assert "answered with an error (503)" in look_error("hf://alice/a").what
+
+    pair.fail("GET", "/cdn/", status=403)  # as for a signed address that is too old
+    assert "storage does not give the file out (403)" in look_error("hf://alice/a").what
 
 
 def test_gated_and_missing_repositories(hub: LoopbackHub, sd1_models: Models) -> None:
     hub.put("alice/a", {"model.safetensors": sd1_models[0]}, private=False)
     hub.repos["alice/a"].gated = True
 
-    gated, missing = look_error("hf://alice/a"), look_error("hf://alice/none")
+    for file in ("", "/model.safetensors"):
+        gated, missing = look_error(f"hf://alice/a{file}"), look_error(f"hf://alice/none{file}")
 
-    assert gated.exit_code == missing.exit_code == 4
-    assert "gated" in gated.what
-    assert "hf auth login" in gated.fix
-    assert "hf auth login" in missing.fix
+        assert gated.exit_code == missing.exit_code == 4
+        assert "gated" in gated.what
+        assert "hf auth login" in gated.fix
+        assert "hf auth login" in missing.fix
 
 
 def test_a_network_that_is_down(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +576,8 @@ def test_a_network_that_is_down(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatc
 
     assert error.exit_code == 4
     assert "cannot be reached" in error.what
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
+    assert "the Hub at http://127.0.0.1:9 cannot" in look_error("hf://alice/a").what
     assert "HF_HUB_OFFLINE=1" in error.fix
 
 
@@ -497,6 +601,19 @@ def test_a_plan_reads_headers_alone(
         assert found[key] == expected[key]
     assert len(pair.requests("GET", "/cdn/")) == 4
     assert all(request.headers["Range"] for request in pair.requests("GET", "/cdn/"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_asks_two_things_of_every_file_that_is_named(
+    pair: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = "{A: hf://alice/a/model.safetensors, B: hf://alice/b/model.safetensors@main}"
+    path = recipe_in(tmp_path, models, "A * 0.5 + B * 0.5")
+
+    assert run(["plan", str(path), "--json"]) == 0
+
+    assert answer(capsys)["family"] == "sd1"
+    assert len(pair.log) == 4
     assert not (tmp_path / "cache").exists()
 
 
@@ -717,7 +834,7 @@ def test_local_work_does_not_load_the_client(sd1_models: Models, tmp_path: Path)
 
 
 def test_an_old_client_is_named_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptools.hub.version", lambda package: "0.36.2")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.36.2")
 
     with pytest.raises(UsageError, match=r"huggingface_hub 1\.0 or later; 0\.36\.2 is installed"):
         require_client()

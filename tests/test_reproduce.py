@@ -12,6 +12,7 @@ from hub_sources import hub_in
 from loopback_hub import LoopbackHub
 
 from ckptools.cli import run
+from ckptools.errors import InputError
 from ckptools.reproduce import reproduce
 
 Models = tuple[Path, Path, Path]
@@ -195,6 +196,15 @@ def test_a_manifest_that_asks_for_more_is_refused(
     assert error["fix"]
 
 
+def test_a_manifest_that_would_draw_merges_and_nothing_else(merged: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    render = {"when": "after_save", "folder": str(target), "steps": 1}
+    edited(merged, recipe__render=render, recipe__publish={"repo": "bob/m"})
+
+    assert reproduce(merged).same
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_what_is_no_manifest_is_said_to_be_none(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "x.ckptools.json"
@@ -287,6 +297,17 @@ def test_a_repository_without_a_manifest(
 ) -> None:
     assert run(["reproduce", "hf://alice/a"]) == 2
     assert "no files that end in '.ckptools.json'" in capsys.readouterr().err
+
+
+def test_a_manifest_that_is_too_large_is_not_fetched(
+    published: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptools.reproduce.MAX_MANIFEST_BYTES", 1000)
+    before = len(published.requests("GET", "/resolve/"))
+
+    with pytest.raises(InputError, match="1,000 are read at most of such a file"):
+        reproduce(Path("hf://bob/m"))
+    assert len(published.requests("GET", "/resolve/")) == before
 
 
 def test_a_parent_that_is_another_file_now_is_refused(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ckptools.adapters.reading import Adapter, component_names, kind_title, open_adapter
+from ckptools.progress import Progress
 
 N = TypeVar("N", int, float)
 
@@ -68,9 +69,11 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-def inspect_adapter(path: Path, *, most_tags: int = 20) -> Inspection:
+def inspect_adapter(
+    path: Path, *, most_tags: int = 20, progress: Progress | None = None
+) -> Inspection:
     """What the adapter file is; anything that is not one, or is broken, is an `InputError`."""
-    with open_adapter(path, allow_unknown=True) as adapter:
+    with open_adapter(path, allow_unknown=True, progress=progress) as adapter:
         modules = adapter.file.modules
         metadata = adapter.checkpoint.metadata
         tags, notes = _tags(metadata, most_tags)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ckptools.checkpoint import Checkpoint, json_beside
+from ckptools.checkpoint import Checkpoint, json_beside, read_json_object
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of, kind_words
+from ckptools.hubref import hub_ref_of
 from ckptools.keymap import key_map, key_map_ids
 from ckptools.lora import AdapterFile, group, load_kinds, scale_of
 from ckptools.lora.group import PEFT_CONFIG, Module
 from ckptools.lora.names import Fit, NameMap, Target, fitting_families, targets
+from ckptools.progress import Progress
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 
@@ -126,12 +128,18 @@ class Model:
 
 
 @contextmanager
-def open_adapter(path: Path, *, allow_unknown: bool = False) -> Iterator[Adapter]:
+def open_adapter(
+    path: Path, *, allow_unknown: bool = False, progress: Progress | None = None
+) -> Iterator[Adapter]:
     """An adapter file with its modules; anything else is an `InputError`.
 
     allow_unknown  keep tensors that are no part of an adapter aside instead of refusing
+    progress       is told of a download: of one on the Hub the header alone is read, where that
+                   holds every alpha
     """
-    with open_checkpoint(path) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint, config = _open(path, progress)
+        stack.enter_context(checkpoint)
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
@@ -139,12 +147,25 @@ def open_adapter(path: Path, *, allow_unknown: bool = False) -> Iterator[Adapter
                 where=str(path),
                 fix="give a LoRA or LyCORIS file",
             )
-        config = json_beside(checkpoint.path, PEFT_CONFIG)
         unknown = allow_unknown and detection.kind == "lora"
         file = group(checkpoint, checkpoint.metadata, config=config, allow_unknown=unknown)
         if not file.modules and not file.embeddings:
             raise InputError("there is no adapter in this file", where=str(path))
         yield Adapter(checkpoint, detection, file)
+
+
+def _open(path: Path, progress: Progress | None) -> tuple[Checkpoint, dict[str, object] | None]:
+    """(the file, the PEFT config beside it), here or on the Hub."""
+    ref = hub_ref_of(path)
+    if ref is None:
+        checkpoint = open_checkpoint(path)
+        return checkpoint, json_beside(checkpoint.path, PEFT_CONFIG)
+    from ckptools.hub.remote import Hub  # loads the Hub's client
+
+    hub = Hub(progress)
+    checkpoint = hub.open_adapter(path)
+    config = hub.beside(ref, PEFT_CONFIG)
+    return checkpoint, None if config is None else read_json_object(config)
 
 
 @contextmanager

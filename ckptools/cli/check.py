@@ -7,20 +7,18 @@ from pathlib import Path
 
 import click
 
-from ckptools.cli.options import json_option, load, set_option
-
-_FILE = click.Path(path_type=Path)
+from ckptools.cli.options import SOURCE, ModelCommand, json_option, load, set_option
 
 
-@click.command(name="check")
-@click.argument("source", type=_FILE, metavar="SRC")
+@click.command(name="check", cls=ModelCommand)
+@click.argument("source", type=SOURCE, metavar="SRC")
 @click.option(
-    "--against", type=_FILE, multiple=True, metavar="PARENT",
+    "--against", type=SOURCE, multiple=True, metavar="PARENT",
     help="A model that SRC was merged from, or should be like (repeatable).",
 )  # fmt: skip
-@click.option("--base", type=_FILE, default=None, help="What the parents were trained from.")
+@click.option("--base", type=SOURCE, default=None, help="What the parents were trained from.")
 @click.option(
-    "--with", "draws", type=_FILE, default=None, metavar="MODEL",
+    "--with", "draws", type=SOURCE, default=None, metavar="MODEL",
     help="The model that a ControlNet is checked on.",
 )  # fmt: skip
 @click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ckptools.cli.options import json_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option
 
 _DTYPES = {"keep": "keep", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -40,8 +40,8 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     return int(number) * _UNITS[unit]
 
 
-@click.command(name="convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.command(name="convert", cls=ModelCommand)
+@click.argument("source", type=SOURCE)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -111,6 +111,7 @@ def command(
       ckptools convert model.safetensors model-diffusers
       ckptools convert model-diffusers model.safetensors --dtype unet=fp16 --dtype vae=fp32
       ckptools convert model.safetensors vae.safetensors --component vae
+      ckptools convert hf://owner/repo model.safetensors
     """  # fmt: skip
     from ckptools import report, report_convert
     from ckptools.convert import Request, convert, planned

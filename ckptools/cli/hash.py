@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from ckptools.cli.options import json_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option
 
 
-@click.command(name="hash")
-@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SRC…")
+@click.command(name="hash", cls=ModelCommand)
+@click.argument("sources", type=SOURCE, nargs=-1, required=True, metavar="SRC…")
 @click.option("--no-cache", is_flag=True, help="Read the files even if they were hashed before.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -25,6 +25,7 @@ def command(sources: tuple[Path, ...], no_cache: bool, as_json: bool, quiet: boo
     Examples:
       ckptools hash model.safetensors
       ckptools hash a.safetensors b.safetensors --json
+      ckptools hash hf://owner/repo/model.safetensors
     """
     from ckptools import report, report_files
     from ckptools.hashing import hash_source

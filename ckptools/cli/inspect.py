@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
-from ckptools.cli.options import json_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option
 
 
-@click.command(name="inspect")
-@click.argument("sources", metavar="SRC…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.command(
+    name="inspect", cls=ModelCommand, by_headers=lambda parameters: not parameters["stats"]
+)
+@click.argument("sources", metavar="SRC…", nargs=-1, required=True, type=SOURCE)
 @click.option("--tensors", default="", metavar="GLOB", help="List the tensors of these names.")
 @click.option(
     "--stats", is_flag=True,
@@ -25,12 +27,14 @@ def command(
     """Show what SRC is, whether it is whole, and where it comes from.
 
     Reads headers and a few small tensors, all values only with --stats. SRC is a file, an index of
-    shards, a diffusers folder, or a folder of files. Several are compared in a table.
+    shards, a diffusers folder, a folder of files, or hf://owner/repo[/file][@revision], of which
+    the headers alone are read. Several are compared in a table.
 
     \b
     Examples:
       ckptools inspect model.safetensors
       ckptools inspect models/
+      ckptools inspect hf://owner/repo
       ckptools inspect model.safetensors --tensors "*attn2.to_k*"
       ckptools inspect model.safetensors --stats
     """

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import click
 
-from ckptools.cli.options import json_option
-
-_FILE = click.Path(path_type=Path)
+from ckptools.cli.options import SOURCE, ModelCommand, json_option
 
 
-@click.command(name="kinship")
-@click.argument("models", type=_FILE, nargs=-1, required=True, metavar="MODEL…")
-@click.option("--base", type=_FILE, default=None, help="What they, or the adapter, came from.")
-@click.option("--for", "adapter", type=_FILE, default=None, help="A LoRA or ControlNet.")
+@click.command(name="kinship", cls=ModelCommand)
+@click.argument("models", type=SOURCE, nargs=-1, required=True, metavar="MODEL…")
+@click.option("--base", type=SOURCE, default=None, help="What they, or the adapter, came from.")
+@click.option("--for", "adapter", type=SOURCE, default=None, help="A LoRA or ControlNet.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
@@ -30,6 +28,7 @@ def command(
     \b
     Examples:
       ckptools kinship a.safetensors b.safetensors --base sd15.safetensors
+      ckptools kinship a.safetensors hf://owner/repo
       ckptools kinship model.safetensors --for detail.safetensors --base sd15.safetensors
     """
     from ckptools import report, report_files

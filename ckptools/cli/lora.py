@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptools.cli.options import json_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
@@ -45,7 +45,7 @@ def _names(function: F) -> F:
 
 def _model(function: F) -> F:
     return click.option(
-        "--model", type=_FILE, default=None, metavar="MODEL",
+        "--model", type=SOURCE, default=None, metavar="MODEL",
         help="A model that the files fit: needed to change names.",
     )(function)  # fmt: skip
 
@@ -75,29 +75,31 @@ def command() -> None:
     """
 
 
-@command.command(name="inspect")
-@click.argument("file", type=_FILE)
+@command.command(name="inspect", cls=ModelCommand, by_headers=lambda parameters: True)
+@click.argument("file", type=SOURCE)
 @json_option
 def inspect_(file: Path, as_json: bool) -> None:
     """Show what FILE is: kind, base, ranks, alphas, targets, trigger words, training.
 
     \b
-    Example:
+    Examples:
       ckptools lora inspect detail.safetensors
+      ckptools lora inspect hf://owner/repo
     """
     from ckptools import report, report_adapters
     from ckptools.adapters.inspection import inspect_adapter
 
-    found = inspect_adapter(file)
+    with _bar(hidden=as_json) as progress:
+        found = inspect_adapter(file, progress=progress)
     if as_json:
         report.show_json("lora-inspect", report_adapters.inspection_json(found))
     else:
         report_adapters.show_inspection(found)
 
 
-@command.command(name="check")
-@click.argument("file", type=_FILE)
-@click.option("--against", type=_FILE, required=True, metavar="MODEL", help="The model.")
+@command.command(name="check", cls=ModelCommand)
+@click.argument("file", type=SOURCE)
+@click.option("--against", type=SOURCE, required=True, metavar="MODEL", help="The model.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def check_(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
@@ -121,9 +123,9 @@ def check_(file: Path, against: Path, as_json: bool, quiet: bool) -> int:
     return 0 if found.fits else 1
 
 
-@command.command(name="extract")
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
+@command.command(name="extract", cls=ModelCommand)
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @_output
 @click.option("--rank", type=int, default=None, help="Rank of every module (default: 32).")
 @_energy
@@ -174,8 +176,8 @@ def extract_(
         report_adapters.show_extraction(done)
 
 
-@command.command(name="resize")
-@click.argument("file", type=_FILE)
+@command.command(name="resize", cls=ModelCommand)
+@click.argument("file", type=SOURCE)
 @_output
 @click.option("--rank", type=int, default=None, help="Largest rank to keep.")
 @_energy
@@ -228,8 +230,8 @@ def _weights(_: click.Context, __: click.Parameter, text: str | None) -> list[fl
         raise click.BadParameter(f"{text!r} is not numbers with commas, such as 1,0.5") from None
 
 
-@command.command(name="merge")
-@click.argument("files", type=_FILE, nargs=-1, required=True)
+@command.command(name="merge", cls=ModelCommand)
+@click.argument("files", type=SOURCE, nargs=-1, required=True)
 @click.option("--weights", callback=_weights, metavar="1,0.5", help="One for each file.")
 @_output
 @click.option("--rank", type=int, default=None, help="Recompress to this rank.")

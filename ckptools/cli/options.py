@@ -4,12 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Source(click.Path):
+    """A model: a path, or `hf://owner/repo[/file][@revision]`."""
+
+
+SOURCE = _Source(path_type=Path)
+
+
+class ModelCommand(click.Command):
+    """A command whose models may lie on the Hub: those are fetched before it runs.
+
+    Looks at parameters of the type `SOURCE`, all through one session, so that a branch means one
+    commit for all of them. What was fetched before is in the Hub's cache.
+
+    by_headers  whether, with these parameters, the command reads headers of models on the Hub
+                itself: then they are not fetched
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        by_headers: Callable[[Mapping[str, Any]], bool] = lambda parameters: False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._by_headers = by_headers
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command with paths of this machine."""
+        if not self._by_headers(ctx.params):
+            self._fetch(ctx.params)
+        return super().invoke(ctx)
+
+    def _fetch(self, parameters: dict[str, Any]) -> None:
+        from ckptools.hubref import hub_ref_of, is_local
+
+        names = [one.name for one in self.params if isinstance(one.type, _Source) and one.name]
+        given = {name: parameters[name] for name in names if parameters[name]}
+        places = {name: value if isinstance(value, tuple) else (value,)
+                  for name, value in given.items()}  # fmt: skip
+        if all(is_local(place) for value in places.values() for place in value):
+            return
+        from ckptools import report
+        from ckptools.hub.remote import Hub
+
+        quiet = parameters.get("quiet") or parameters.get("as_json")
+        with nullcontext() if quiet else report.BarProgress() as progress:
+            hub = Hub(progress)
+            for name, value in places.items():
+                refs = [(place, hub_ref_of(place)) for place in value]
+                found = tuple(hub.fetch(ref) if ref else place for place, ref in refs)
+                parameters[name] = found if isinstance(given[name], tuple) else found[0]
 
 
 def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -81,6 +135,7 @@ def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any
     """
     from dataclasses import replace
 
+    from ckptools.errors import InputError
     from ckptools.publication import Order, order_of
     from ckptools.recipe import load_recipe
 
@@ -90,5 +145,10 @@ def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any
         order, path = order_of(recipe), recipe.output_path
         if recipe.output.shard_bytes and not path.exists():
             path = path.with_name(path.name + ".index.json")
+        if not path.exists():
+            raise InputError(
+                "the recipe's output is not there", where=str(path),
+                fix=f"make it: ckptools merge {source}",
+            )  # fmt: skip
     given = {"license" if name == "license_" else name: value for name, value in options.items()}
     return path, replace(order, **{name: value for name, value in given.items() if value})

@@ -28,12 +28,13 @@ from ckptools.cli.options import json_option
 )  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no output but problems.")
-def command(source: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(source: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> int:
     """Publish SOURCE on the Hugging Face Hub: one commit, private unless --public.
 
     SOURCE is a merged file, the index of its shards, a diffusers folder, or a recipe whose output
     is there. With it go its card, recipe, manifest, licence text and test render. The token is
-    that of `hf auth login` or HF_TOKEN.
+    that of `hf auth login` or HF_TOKEN. --dry-run shows what is known without the Hub, too, and
+    then exits with 4; with HF_HUB_OFFLINE=1 it asks nothing and exits with 0.
 
     \b
     Examples:
@@ -48,7 +49,9 @@ def command(source: Path, dry_run: bool, as_json: bool, quiet: bool, **options: 
     from ckptools.publication import gather, make_publication, publish
 
     path, order = published_order(source, options)
-    hub = connect(report.show_message, quiet=quiet or as_json or not sys.stderr.isatty())
+    hub = connect(
+        report.show_message, quiet=quiet or as_json or not sys.stderr.isatty(), patient=not dry_run
+    )
     with nullcontext() if quiet or as_json else report.BarProgress() as progress:
         gathered = gather(path, order, progress=progress)
     if dry_run:
@@ -57,9 +60,14 @@ def command(source: Path, dry_run: bool, as_json: bool, quiet: bool, **options: 
             report.show_json("publish", report_publish.publication_json(publication))
         elif not quiet:
             report_publish.show_publication(publication)
-        return
+        if publication.problem is None:
+            return 0
+        if not as_json:
+            report.show_error(publication.problem)
+        return publication.problem.exit_code
     published = publish(gathered, hub)
     if as_json:
         report.show_json("publish", report_publish.published_json(published))
     elif not quiet:
         report_publish.show_published(published)
+    return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ckptools.cli.options import json_option, load, set_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option, load, set_option
 
 _FILE = click.Path(path_type=Path)
 _INTERRUPTED = 130  # as shells report an end by Ctrl-C
@@ -25,8 +25,8 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     return int(found[1]), int(found[2] or found[1])
 
 
-@click.command(name="render")
-@click.argument("sources", nargs=-1, required=True, type=_FILE, metavar="SRC…")
+@click.command(name="render", cls=ModelCommand)
+@click.argument("sources", nargs=-1, required=True, type=SOURCE, metavar="SRC…")
 @click.option(
     "-p",
     "--prompt",
@@ -89,7 +89,7 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     default=None,
     help="How much of the image is drawn anew. Default: 0.75, with a mask 1.",
 )
-@click.option("--control", type=_FILE, default=None, help="A ControlNet to draw with.")
+@click.option("--control", type=SOURCE, default=None, help="A ControlNet to draw with.")
 @click.option(
     "--condition",
     default=None,
@@ -103,11 +103,11 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     default=None,
     help="A diffusers folder (weights are not needed), for models of unusual width.",
 )
-@click.option("--vae", type=_FILE, default=None, help="Draw with this VAE.")
+@click.option("--vae", type=SOURCE, default=None, help="Draw with this VAE.")
 @click.option(
     "--beside",
     multiple=True,
-    type=_FILE,
+    type=SOURCE,
     metavar="FILE",
     help="Compare with this model (repeatable). A recipe's models are there already.",
 )
@@ -151,7 +151,7 @@ def command(
 
     \b
     Examples:
-      ckptools render merge.safetensors --beside A.safetensors --beside B.safetensors
+      ckptools render merge.safetensors --beside A.safetensors --beside hf://owner/repo
       ckptools render recipe.yaml --set M=0.5 --seed 1 --seed 2
       ckptools render inpainting.safetensors --image photo.png --mask hole.png -p "a red door"
       ckptools render model.safetensors --control canny.safetensors --condition edges

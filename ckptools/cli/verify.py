@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ckptools.cli.options import json_option, load, set_option
+from ckptools.cli.options import SOURCE, ModelCommand, json_option, load, set_option
 
 
-@click.command(name="verify")
-@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SRC…")
+def _reads_headers(parameters: Mapping[str, Any]) -> bool:
+    return not (parameters["deep"] or parameters["sha256"] or parameters["recipe"])
+
+
+@click.command(name="verify", cls=ModelCommand, by_headers=_reads_headers)
+@click.argument("sources", type=SOURCE, nargs=-1, required=True, metavar="SRC…")
 @click.option("--deep", is_flag=True, help="Read every value: NaN, Inf, zeros, range, hashes.")
 @click.option("--expect", default="", metavar="FAMILY", help="sd1, sdxl, sd1/inpainting, lora …")
 @click.option("--sha256", default="", metavar="HEX", help="Of the file; 10 digits or more.")
@@ -42,6 +47,7 @@ def command(
     Examples:
       ckptools verify model.safetensors --deep --expect sd1
       ckptools verify merged.safetensors --recipe recipe.yaml
+      ckptools verify hf://owner/repo --expect sdxl
     """
     from ckptools import report, report_files
     from ckptools.errors import UsageError

@@ -43,6 +43,15 @@ _PIPELINES = {
     ("sd3", ""): "StableDiffusion3Pipeline",
     ("flux", ""): "FluxPipeline",
 }
+# Where a file of a kind goes: in the web UI, and in ComfyUI below `models`.
+_FOLDERS = {
+    "checkpoint": ("models/Stable-diffusion", "checkpoints"),
+    "lora": ("models/Lora", "loras"),
+    "vae": ("models/VAE", "vae"),
+    "controlnet": ("models/ControlNet", "controlnet"),
+    "embedding": ("embeddings", "embeddings"),
+    "text_encoder": ("models/text_encoder", "text_encoders"),
+}
 
 
 @dataclass(frozen=True)
@@ -322,9 +331,10 @@ def _use(facts: Facts) -> str:
             f"pipeline = {pipeline}.from_single_file(path, torch_dtype=torch.float16)"
         )
         lines += [_code(code, "python"), ""]
+    web_ui, comfy = _FOLDERS.get(facts.kind, _FOLDERS["checkpoint"])
     lines += [
-        "* AUTOMATIC1111 web UI, Forge: put the file into `models/Stable-diffusion`.",
-        "* ComfyUI: put the file into `models/checkpoints`.",
+        f"* AUTOMATIC1111 web UI, Forge: put the file into `{web_ui}`.",
+        f"* ComfyUI: put the file into `models/{comfy}`.",
         f"* `hf download {name} {first} --local-dir .` fetches it.",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Models on the Hub as sources: looked up once, read by their headers, fetched through its cache.
 
-What the Hub says of a repository is asked once for each commit; from then on everything is held
+What the Hub says of a repository, or of a file, is asked once; from then on everything is held
 against it: sizes, sha256s, the commit. Loads huggingface_hub inside functions, for it is slow.
 Must not know what tensors mean.
 """
@@ -12,10 +12,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
+from urllib.parse import urljoin, urlsplit
 
 from ckptools.checkpoint import (
     Checkpoint,
@@ -29,7 +30,7 @@ from ckptools.checkpoint import (
 from ckptools.errors import CkptError, InputError, NetworkError, nearest_name, raise_all
 from ckptools.family import detect
 from ckptools.folders import chosen_weights, from_diffusers, open_folder
-from ckptools.hub import require_client
+from ckptools.hub import is_offline, require_client
 from ckptools.hubref import (
     HubRef,
     hub_ref_of,
@@ -46,6 +47,7 @@ FIRST_READ_BYTES = 1 << 19  # holds the header of every SD1, SD2 and SDXL checkp
 MAX_HEADER_BYTES = 25_000_000  # to fetch more for a look is no look
 TIMEOUT_S = 30
 _MOST_LISTED = 12
+_MOST_HOPS = 5  # a repository that was renamed, and what a mirror puts before it
 _LOG_IN = "log in with `hf auth login`"
 _MODEL_INDEX = "model_index.json"
 _CONFIGS = (_MODEL_INDEX, "scheduler/scheduler_config.json")
@@ -53,6 +55,8 @@ _SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_WITH_HEADERS = (".safetensors", ".sft")
+_SAID = ("x-repo-commit", "x-linked-size", "x-linked-etag")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -85,13 +89,15 @@ class HubFile:
 class Snapshot:
     """A repository at one commit.
 
-    folder  where it lies in the Hub's cache, for one that was found there without asking the Hub
+    folder     where it lies in the Hub's cache, for one that was found there without asking the Hub
+    is_listed  whether `files` are all its files, not only one that was asked for by its name
     """
 
     repo: str
     commit: str
     files: Mapping[str, HubFile]
     folder: Path | None = None
+    is_listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,34 +124,91 @@ class Found:
         return None if file is None or is_index(file.name) else file
 
 
+@dataclass
+class _Head:
+    """A file as the Hub told of it when it was asked for, and its first bytes.
+
+    ref   with its commit
+    url   where its parts lie
+    etag  of the parts; they are parts of one file where it is the same
+    """
+
+    ref: HubRef
+    file: HubFile
+    url: str
+    data: bytearray = field(default_factory=bytearray)
+    etag: str = ""
+
+    def take(self, response: Any, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) from an answer: one that sends anything else is refused."""
+        _check_range(self.ref, response, start, stop, self.file.nbytes)
+        etag = _etag(response.headers.get("etag", ""))
+        if self.etag not in ("", etag):
+            _moved(self.ref, "its ETag changed")
+        self.etag = etag
+        data = bytearray()
+        for chunk in response.iter_raw():
+            data += chunk
+            if len(data) > stop - start:
+                break
+        if len(data) != stop - start:
+            said = f"the server sent {len(data):,} bytes where {stop - start:,} were due"
+            _refuse(self.ref, said)
+        return bytes(data)
+
+
 class Hub:
     """A session with the Hub: what it once said of a commit, or of a branch, holds to its end."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress or _Silent()
+        self._commits: dict[tuple[str, str], str] = {}
         self._snapshots: dict[tuple[str, str], Snapshot] = {}
-        self._etags: dict[tuple[str, str, str], str] = {}
+        self._heads: dict[HubRef, _Head] = {}
 
     # --- what is there ---
 
     def find(self, ref: HubRef) -> Found:
         """The commit and the files that a reference names.
 
+        A file that is named is asked for at once; only for other references, and for a file that
+        is not there, all files of the repository are listed.
         Raises `NetworkError` where the Hub cannot be asked or does not let this user in, and
         `InputError` where the revision or the file is not there, or it is not clear which one.
         """
+        head = self._named_head(ref)
+        if head is not None:
+            files = MappingProxyType({ref.file: head.file})
+            alone = Snapshot(ref.repo, head.ref.revision, files, is_listed=False)
+            return Found(head.ref, alone, (ref.file,))
         snapshot = self.snapshot(ref)
         file, weights = _pick(snapshot, ref)
         return Found(HubRef(ref.repo, file, snapshot.commit), snapshot, weights)
 
     def snapshot(self, ref: HubRef) -> Snapshot:
-        """The repository at the reference's revision."""
-        key = ref.repo, ref.revision
-        if key not in self._snapshots:
-            found = _in_cache(ref) if _is_offline() else _ask(ref)
-            self._snapshots[key] = found
-            self._snapshots.setdefault((ref.repo, found.commit), found)
-        return self._snapshots[key]
+        """The repository at the reference's revision, with all its files."""
+        at = self._at_commit(ref)
+        if (at.repo, at.revision) not in self._snapshots:
+            found = _in_cache(at) if is_offline() else _ask(at)
+            self._commits[_branch(ref)] = found.commit
+            self._snapshots[ref.repo, found.commit] = found
+            return found
+        return self._snapshots[at.repo, at.revision]
+
+    def _at_commit(self, ref: HubRef) -> HubRef:
+        """The reference with the commit that its revision means, where that is known."""
+        commit = self._commits.get(_branch(ref), ref.revision)
+        return replace(ref, revision=commit)
+
+    def _named_head(self, ref: HubRef) -> _Head | None:
+        """Of a single file that the reference names; None where a listing is to tell of it."""
+        at = self._at_commit(ref)
+        is_listed = (at.repo, at.revision) in self._snapshots
+        if not ref.file.endswith(_WITH_HEADERS) or is_listed or is_offline():
+            return None
+        with suppress(InputError):  # no such file, or a server that says little: the listing tells
+            return self._head(ref)
+        return None
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """The recipe with commit, file and sha256 of every model on the Hub; asks, fetches nothing.
@@ -221,12 +284,41 @@ class Hub:
             )
         return self._headers(found)
 
+    def open_adapter(self, path: Path) -> Checkpoint:
+        """Open an adapter as `look` does, if its alphas are in what is read; else it is fetched.
+
+        What is no adapter is not fetched.
+        """
+        ref = hub_ref_of(path)
+        if ref is None:
+            return open_checkpoint(path)
+        found = self.find(ref)
+        if _has_pickles(found):
+            return self.open_whole(path)
+        checkpoint = self._headers(found)
+        numbers = [name for name, spec in checkpoint.items() if spec.numel == 1]
+        is_adapter = detect(checkpoint, checkpoint.metadata).kind in ("lora", "unknown")
+        if not is_adapter or all(map(checkpoint.has_values, numbers)):
+            return checkpoint
+        checkpoint.close()
+        return self.open_whole(path)
+
+    def beside(self, ref: HubRef, name: str) -> Path | None:
+        """A small file beside a model, fetched; None where there is none."""
+        found = self.find(ref)
+        snapshot = self.snapshot(found.ref)
+        file = _joined(found.weights[0].rpartition("/")[0], name)
+        if file not in snapshot.files:
+            return None
+        at = HubRef(ref.repo, file, snapshot.commit)
+        return self.fetch_file(at, most_bytes=MAX_HEADER_BYTES)
+
     def _headers(self, found: Found) -> Checkpoint:
         if found.snapshot.folder is not None:
             return open_checkpoint(found.snapshot.folder / found.ref.file)
         if found.is_folder:
             configs = [name for name in _CONFIGS if name in found.snapshot.files]
-            root = self._fetched(found.snapshot, configs)
+            root = self._fetched_small(found.snapshot, configs)
             checkpoint = open_folder(
                 root,
                 lambda path: self._open_remote(found.snapshot, path.relative_to(root).as_posix()),
@@ -242,7 +334,7 @@ class Hub:
         if not is_index(name):
             file = self._source_file(snapshot, name)
             return Checkpoint(file.path, [file])
-        root = self._fetched(snapshot, [name])
+        root = self._fetched_small(snapshot, [name])
 
         def shard(path: Path) -> SourceFile:
             return self._source_file(snapshot, path.relative_to(root).as_posix())
@@ -250,73 +342,57 @@ class Hub:
         return open_index(root / name, shard)
 
     def _source_file(self, snapshot: Snapshot, name: str) -> SourceFile:
-        """One file, by at most two requests for a part of it."""
-        ref = HubRef(snapshot.repo, name, snapshot.commit)
+        """One file: a request that tells where it lies, and one or two for a part of it."""
         file = _file_of(snapshot, name)
-        head = bytearray()
+        head = self._head(HubRef(snapshot.repo, name, snapshot.commit), file)
 
         def read(length: int, offset: int) -> bytes:
-            if not head:
-                head.extend(self._part(ref, file, 0, min(FIRST_READ_BYTES, file.nbytes)))
+            if not head.data:
+                self._read_on(head, min(FIRST_READ_BYTES, file.nbytes))
             if length > MAX_HEADER_BYTES:
                 raise InputError(
                     f"it claims a header of {length:,} bytes; {MAX_HEADER_BYTES:,} are read at "
                     "most over the network",
                     fix="download the file if you trust it",
                 )
-            if offset + length > len(head):
-                head.extend(self._part(ref, file, len(head), offset + length))
-            return bytes(head[offset : offset + length])
+            if offset + length > len(head.data):
+                self._read_on(head, offset + length)
+            return bytes(head.data[offset : offset + length])
 
         try:
-            header = header_by(read, file.nbytes, ref.path)
+            header = header_by(read, file.nbytes, head.ref.path)
         except CkptError as exc:
-            exc.where = ref.title
+            exc.where = head.ref.title
             raise
-        return SourceFile(HubRef(ref.repo, name).path, header, None, bytes(head))
+        path = HubRef(snapshot.repo, name).path
+        return SourceFile(path, header, None, bytes(head.data))
 
-    def _part(self, ref: HubRef, file: HubFile, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file: a server that sends anything else is refused."""
-        from huggingface_hub import hf_hub_url
+    def _head(self, ref: HubRef, listed: HubFile | None = None) -> _Head:
+        """What the Hub says of a file, asked once: commit, size, sha256, and where it lies.
 
-        client: Any = importlib.import_module("huggingface_hub.utils")
+        listed  what it said before, which must hold
+        """
+        at = self._at_commit(ref)
+        if at not in self._heads:
+            head = _ask_for(at, listed)
+            self._commits[_branch(ref)] = head.ref.revision
+            self._heads[head.ref] = head
+            return head
+        return self._heads[at]
+
+    def _read_on(self, head: _Head, stop: int) -> None:
+        """Read up to byte `stop` of a file."""
+        start = len(head.data)
         if stop == start:
-            return b""
-        url = hf_hub_url(ref.repo, ref.file, revision=ref.revision, endpoint=_endpoint())
-        headers = client.build_hf_headers(library_name="ckptools")
-        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        # a token goes to the Hub alone: the client drops it where a redirect leads elsewhere
-        request = client.get_session().stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
-        )
-        data = bytearray()
-        with _asking(ref), request as response:
-            if response.status_code >= 400:
-                response.read()
-                client.hf_raise_for_status(response)
-            self._check_hops(ref, file, [hop.headers for hop in (*response.history, response)])
-            _check_range(ref, response.status_code, response.headers, start, stop, file.nbytes)
-            for chunk in response.iter_raw():
-                data += chunk
-                if len(data) > stop - start:
-                    break
-        if len(data) != stop - start:
-            _refuse(ref, f"the server sent {len(data):,} bytes where {stop - start:,} were due")
-        return bytes(data)
-
-    def _check_hops(self, ref: HubRef, file: HubFile, hops: Sequence[Mapping[str, str]]) -> None:
-        """Commit and sha256 on the way to the file are those of the listing, and stay so."""
-        for headers in hops:
-            commit = headers.get("x-repo-commit", ref.revision)
-            if commit != ref.revision:
-                _moved(ref, f"the Hub answers for commit {commit[:12]}")
-            sha256 = _etag(headers.get("x-linked-etag", ""))
-            if file.sha256 and sha256 not in ("", file.sha256):
-                _moved(ref, f"its sha256 was {file.sha256[:12]}…, now it is {sha256[:12]}…")
-        key = ref.repo, ref.revision, ref.file
-        etag = _etag(hops[-1].get("etag", ""))
-        if self._etags.setdefault(key, etag) != etag:
-            _moved(ref, "its ETag changed")
+            return
+        with _asking(head.ref), _request(head.url, start, stop) as response:
+            if response.status_code in (401, 403) and not _is_of_the_hub(head.url):
+                raise NetworkError(
+                    f"the Hub's storage does not give the file out ({response.status_code})",
+                    where=head.ref.title, fix="run it again: its addresses hold for a while only",
+                )  # fmt: skip
+            _raise_for_status(response)
+            head.data += head.take(response, start, stop)
 
     # --- whole files ---
 
@@ -333,29 +409,42 @@ class Hub:
         found = self.find(ref)
         if found.snapshot.folder is not None:
             return found.snapshot.folder / found.ref.file
-        names = [file.name for file in self.files_of(found)]
-        return self._fetched(found.snapshot, names) / found.ref.file
+        files = {file.name: file for file in self.files_of(found)}
+        if not found.snapshot.is_listed:
+            _check_listed(found.ref, found.snapshot.files[found.ref.file], files[found.ref.file])
+        return self._fetched(self.snapshot(found.ref), [*files]) / found.ref.file
 
-    def fetch_file(self, ref: HubRef) -> Path:
-        """Any one file, on this machine, in the Hub's cache."""
+    def fetch_file(self, ref: HubRef, *, most_bytes: int | None = None) -> Path:
+        """Any one file, on this machine, in the Hub's cache.
+
+        most_bytes  a larger one is an `InputError`, and not fetched
+        """
         snapshot = self.snapshot(ref)
+        if most_bytes is not None:
+            _check_small(snapshot, ref.file, most_bytes)
         if snapshot.folder is not None:
             return snapshot.folder / _file_of(snapshot, ref.file).name
         return self._fetched(snapshot, [ref.file]) / ref.file
 
     def files_of(self, found: Found) -> tuple[HubFile, ...]:
         """Every file that `fetch` brings, by name; to tell, indexes of shards are fetched."""
-        snapshot, names = found.snapshot, [*found.weights]
+        snapshot, names = self.snapshot(found.ref), [*found.weights]
         if found.is_folder:
             names += [name for name in _CONFIGS if name in snapshot.files]
         for name in found.weights:
             folder = name.rpartition("/")[0]
             if is_index(name):
-                root = snapshot.folder or self._fetched(snapshot, [name])
+                root = snapshot.folder or self._fetched_small(snapshot, [name])
                 names += [_joined(folder, shard) for shard in shards_of(root / name)]
             beside = _joined(folder, PEFT_CONFIG)  # the scale of an adapter
             names += [beside] if beside in snapshot.files else []
         return tuple(_file_of(snapshot, name) for name in sorted(set(names)))
+
+    def _fetched_small(self, snapshot: Snapshot, names: Sequence[str]) -> Path:
+        """As `_fetched`, for texts: what is too large for one is an `InputError`."""
+        for name in names:
+            _check_small(snapshot, name, MAX_HEADER_BYTES)
+        return self._fetched(snapshot, names)
 
     def _fetched(self, snapshot: Snapshot, names: Sequence[str]) -> Path:
         """The snapshot's folder in the Hub's cache, with these files in it."""
@@ -376,13 +465,13 @@ class Hub:
 
     def _keep_branches(self, snapshot: Snapshot) -> None:
         """Note in the cache which branches mean this commit, for the times without a network."""
-        for (repo, revision), found in self._snapshots.items():
-            if (repo, found.commit) != (snapshot.repo, snapshot.commit) or is_commit(revision):
+        for (repo, revision), commit in self._commits.items():
+            if (repo, commit) != (snapshot.repo, snapshot.commit) or is_commit(revision):
                 continue
-            file = _cache_folder(repo) / "refs" / (revision or "main")
+            file = _cache_folder(repo) / "refs" / revision
             with suppress(OSError):  # a cache that may not be written to
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(found.commit, encoding="ascii")
+                file.write_text(commit, encoding="ascii")
 
     def _download(self, snapshot: Snapshot, file: HubFile, advance: Callable[[int], None]) -> None:
         from huggingface_hub import hf_hub_download
@@ -455,6 +544,20 @@ def _file_of(snapshot: Snapshot, name: str) -> HubFile:
     return file
 
 
+def _check_small(snapshot: Snapshot, name: str, most_bytes: int) -> None:
+    nbytes = _file_of(snapshot, name).nbytes
+    if nbytes > most_bytes:
+        raise InputError(
+            f"{nbytes:,} bytes; {most_bytes:,} are read at most of such a file",
+            where=HubRef(snapshot.repo, name, snapshot.commit).title,
+            fix="download it if you trust it",
+        )
+
+
+def _branch(ref: HubRef) -> tuple[str, str]:
+    return ref.repo, ref.revision or "main"
+
+
 def _joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
@@ -472,10 +575,10 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
+def _shown_endpoint() -> str:
+    """The Hub's address, without a password that may stand in it."""
+    parts = urlsplit(_endpoint())
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _ask(ref: HubRef) -> Snapshot:
@@ -503,6 +606,78 @@ def _ask(ref: HubRef) -> Snapshot:
     return Snapshot(ref.repo, commit, MappingProxyType(dict(sorted(files.items()))))
 
 
+def _ask_for(ref: HubRef, listed: HubFile | None) -> _Head:
+    """What the Hub says of one file, in one request; a file that it keeps itself begins with it.
+
+    A revision is resolved by this, too: the answer names the commit.
+    """
+    require_client()
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(ref.repo, ref.file, revision=ref.revision or None, endpoint=_endpoint())
+    said: dict[str, str] = {}
+    for _ in range(_MOST_HOPS):
+        with _asking(ref), _request(url, 0, FIRST_READ_BYTES) as response:
+            _raise_for_status(response)
+            said = {
+                name: response.headers[name] for name in _SAID if name in response.headers
+            } | said
+            if not response.has_redirect_location:
+                return _head_of(ref, listed, said, url, response)
+            url = urljoin(url, response.headers["location"])
+        if not _is_of_the_hub(url):
+            return _head_of(ref, listed, said, url)
+    raise NetworkError(
+        "the server redirects again and again", where=ref.title, fix="run it again later"
+    )
+
+
+def _head_of(
+    ref: HubRef, listed: HubFile | None, said: Mapping[str, str], url: str, response: Any = None
+) -> _Head:
+    """A file from the headers of the answers; `response` is the one that holds its beginning."""
+    commit = said.get("x-repo-commit", ref.revision)
+    if ref.is_pinned and commit != ref.revision:
+        _moved(ref, f"the Hub answers for commit {commit[:12]}")
+    size, sha256 = said.get("x-linked-size", ""), _etag(said.get("x-linked-etag", ""))
+    if response is not None and not size:
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+        size = found[3] if found else ""
+    if not is_commit(commit) or (listed is None and not size.isdecimal()):
+        raise InputError("the server does not say enough of this file", where=ref.title)
+    file = listed or HubFile(ref.file, int(size), sha256 if _SHA256.fullmatch(sha256) else "")
+    _check_listed(ref, file, replace(file, sha256=sha256))
+    head = _Head(replace(ref, revision=commit), file, url)
+    if response is not None:
+        head.data += head.take(response, 0, min(FIRST_READ_BYTES, file.nbytes))
+    return head
+
+
+def _request(url: str, start: int, stop: int) -> Any:
+    """A context with the answer to a request for bytes [start, stop); its body is not read."""
+    client: Any = importlib.import_module("huggingface_hub.utils")
+    headers = client.build_hf_headers(library_name="ckptools")
+    headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    is_of_the_hub = _is_of_the_hub(url)
+    if not is_of_the_hub:  # a token goes to the Hub alone
+        headers = {name: v for name, v in headers.items() if name.lower() != "authorization"}
+    return client.get_session().stream(
+        "GET", url, headers=headers, follow_redirects=not is_of_the_hub, timeout=TIMEOUT_S
+    )
+
+
+def _is_of_the_hub(url: str) -> bool:
+    ours, theirs = urlsplit(_endpoint()), urlsplit(url)
+    return (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc)
+
+
+def _raise_for_status(response: Any) -> None:
+    client: Any = importlib.import_module("huggingface_hub.utils")
+    if response.status_code >= 400:
+        response.read()
+        client.hf_raise_for_status(response)
+
+
 @contextmanager
 def _asking(ref: HubRef) -> Iterator[None]:
     """Tells of a failure of the client in a user's words; never with headers, which hold tokens."""
@@ -511,7 +686,7 @@ def _asking(ref: HubRef) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as exc:
-        page = f"{_endpoint()}/{ref.repo}"
+        page = f"{_shown_endpoint()}/{ref.repo}"
         raise NetworkError(
             "this repository is gated, and you have no access to it",
             where=where, fix=f"ask for access at {page}, then {_LOG_IN}",
@@ -537,7 +712,7 @@ def _asking(ref: HubRef) -> Iterator[None]:
         raise _http_error(exc, where) from exc
     except (errors.HTTPError, ConnectionError, TimeoutError) as exc:
         raise NetworkError(
-            f"the Hub at {_endpoint()} cannot be reached ({type(exc).__name__})", where=where,
+            f"the Hub at {_shown_endpoint()} cannot be reached ({type(exc).__name__})", where=where,
             fix="check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache",
         ) from exc  # fmt: skip
     except OSError as exc:
@@ -562,18 +737,25 @@ def _http_error(exc: Exception, where: str) -> NetworkError:
                         fix="run it again later")  # fmt: skip
 
 
-def _check_range(
-    ref: HubRef, status: int, headers: Mapping[str, str], start: int, stop: int, size: int
-) -> None:
-    """The answer is the part that was asked for, of a file of the size that was listed."""
-    if status != 206:
+def _check_range(ref: HubRef, response: Any, start: int, stop: int, size: int) -> None:
+    """The answer is the part that was asked for, of a file of the size that is known."""
+    if response.status_code != 206:
+        status = response.status_code
         _refuse(ref, f"the server ignores ranges (it answered {status}, with the whole file)")
-    said = headers.get("content-range", "")
+    said = response.headers.get("content-range", "")
     found = _CONTENT_RANGE.fullmatch(said)
     if found is None or tuple(map(int, found.groups())) != (start, stop - 1, size):
         _refuse(
             ref, f"the server sent {said!r} where bytes {start}-{stop - 1}/{size} were asked for"
         )
+
+
+def _check_listed(ref: HubRef, before: HubFile, now: HubFile) -> None:
+    """What the Hub says of a file is what it said before; of one that git keeps, no sha256."""
+    if before.sha256 and now.sha256 not in ("", before.sha256):
+        _moved(ref, f"its sha256 was {before.sha256[:12]}…, now it is {now.sha256[:12]}…")
+    if before.nbytes != now.nbytes:
+        _moved(ref, f"it had {before.nbytes:,} bytes, now it has {now.nbytes:,}")
 
 
 def _etag(text: str) -> str:

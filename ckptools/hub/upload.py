@@ -26,13 +26,14 @@ from ckptools.hub import require_client
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-Action = Literal["add", "update", "same"]
+Action = Literal["add", "update", "same", "unknown"]
 T = TypeVar("T")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-_TRIES = 6
-_LONGEST_WAIT_S = 60.0
+_TRIES, _TRIES_FOR_A_LOOK = 6, 2
+_LONGEST_WAIT_S, _WAIT_FOR_A_LOOK_S = 60.0, 3.0
 _CONNECT_S, _SILENCE_S = 15.0, 120.0
+_CONNECT_FOR_A_LOOK_S, _SILENCE_FOR_A_LOOK_S = 4.0, 15.0  # each of its addresses is tried
 _LOGIN = "run `hf auth login`, or set HF_TOKEN"
 _AGAIN = "run the same command again: what is uploaded is not sent twice"
 
@@ -72,13 +73,15 @@ class RemoteFile:
 class Remote:
     """A repository as it is now.
 
-    private  None where there is no repository, or it cannot be seen
-    head     the commit that the branch points at; of `main` where the branch is yet to be made
-    readme   of that commit; "" where it has none
+    private   None where there is no repository, or it cannot be seen
+    head      the commit that the branch points at; of `main` where the branch is yet to be made
+    readme    of that commit; "" where it has none
+    is_known  False where the Hub was not asked, or did not answer: then nothing is known of it
     """
 
     repo: str
     branch: str
+    is_known: bool = True
     private: bool | None = None
     head: str = ""
     has_branch: bool = False
@@ -94,6 +97,8 @@ class Remote:
     def action(self, upload: Upload) -> Action:
         """What is to be done about a file."""
         there = self.files.get(upload.path)
+        if not self.is_known:
+            return "unknown"
         if there is None:
             return "add"
         return "same" if there.is_same(upload) else "update"
@@ -118,13 +123,15 @@ class MovedError(CkptError):
 class Hub:
     """The Hub, as one user.
 
-    sleep  waits so many seconds; tests give another
-    tell   is told, in a sentence, of what goes otherwise than planned
+    sleep    waits so many seconds; tests give another
+    tell     is told, in a sentence, of what goes otherwise than planned
+    patient  whether a Hub that is busy or silent is waited for: for a look it is not
     """
 
     api: HfApi
     tell: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
+    patient: bool = True
 
     @property
     def has_token(self) -> bool:
@@ -138,12 +145,14 @@ class Hub:
 
         what  is done, for the message: "look at me/model"
         """
-        for attempt in range(1, _TRIES + 1):
+        tries = _TRIES if self.patient else _TRIES_FOR_A_LOOK
+        for attempt in range(1, tries + 1):
             try:
                 return action()
             except _failures() as exc:
                 response = _response(exc)
-                if attempt == _TRIES or not _is_passing(exc):
+                is_given_up = not self.patient and response is None
+                if attempt == tries or is_given_up or not _is_passing(exc):
                     raise network_error(exc, what) from exc
                 self._wait(attempt, response, what)
         raise AssertionError("the last try returns or raises")
@@ -152,33 +161,39 @@ class Hub:
         seconds = _retry_after(response)
         if seconds is None:
             seconds = min(_LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.5, 1.0)
+        if not self.patient:
+            seconds = min(seconds, _WAIT_FOR_A_LOOK_S)
         said = f"the Hub answers {response.status_code}" if response is not None else "no answer"
         self.tell(f"{said} ({what}); trying again in {seconds:.0f} s")
         self.sleep(seconds)
 
 
-def connect(tell: Callable[[str], None], *, quiet: bool = False) -> Hub:
+def connect(tell: Callable[[str], None], *, quiet: bool = False, patient: bool = True) -> Hub:
     """The Hub of `HF_ENDPOINT`, with the user's own login; asks nothing yet.
 
-    quiet  whether the client's progress bars stay away
+    quiet    whether the client's progress bars stay away
+    patient  as `Hub` has it
     """
     require_client()
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    _limit_times()
+    _limit_times(patient=patient)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `tell` says what matters
     if quiet:
         disable_progress_bars()
-    return Hub(HfApi(library_name="ckptools"), tell)
+    return Hub(HfApi(library_name="ckptools"), tell, patient=patient)
 
 
-def _limit_times() -> None:
+def _limit_times(*, patient: bool) -> None:
     """Let requests end where nothing arrives; the client itself would wait for ever."""
     from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    timeout = type(get_session().timeout)(_SILENCE_S, connect=_CONNECT_S)
+    silence_s, connect_s = (
+        (_SILENCE_S, _CONNECT_S) if patient else (_SILENCE_FOR_A_LOOK_S, _CONNECT_FOR_A_LOOK_S)
+    )
+    timeout = type(get_session().timeout)(silence_s, connect=connect_s)
 
     def factory() -> Any:
         client = default_client_factory()
@@ -191,14 +206,17 @@ def _limit_times() -> None:
 # --- what is there -----------------------------------------------------------------------------
 
 
-def full_name(hub: Hub, repo: str) -> str:
-    """`owner/name`; a bare name is the user's own. Raises `UsageError` for no name at all."""
-    if not _REPO.fullmatch(repo if "/" in repo else f"me/{repo}"):
-        raise UsageError(f"{repo!r} is no name of a repository", fix="give --repo owner/name")
-    name = repo if "/" in repo else f"{who(hub)}/{repo}"
+def check_name(repo: str) -> None:
+    """Raise `UsageError` for what can be no repository's name; asks nobody."""
+    name = repo if "/" in repo else f"me/{repo}"
     if not _REPO.fullmatch(name) or ".." in name or "--" in name:
         raise UsageError(f"{repo!r} is no name of a repository", fix="give --repo owner/name")
-    return name
+
+
+def full_name(hub: Hub, repo: str) -> str:
+    """`owner/name`; a bare name is the user's own. Raises `UsageError` for no name at all."""
+    check_name(repo)
+    return repo if "/" in repo else f"{who(hub)}/{repo}"
 
 
 def who(hub: Hub) -> str:

@@ -37,6 +37,7 @@ class Subject:
 
     load       device and dtype, as `load_pipeline` takes them → the resident model
     file       its path; None where it is in memory only
+    merge_id   of a merge in memory: what it will be known by when it is a file
     is_parent  it is there to be compared with; its pictures may come from the cache
     """
 
@@ -45,6 +46,7 @@ class Subject:
     load: Callable[[str, str], Pipeline]
     file: Path | None = None
     is_parent: bool = False
+    merge_id: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,6 +180,7 @@ class _Studio:
         self.models[subject.label] = {
             "file": subject.title,
             "sha256": sha256s,
+            **({"merge_id": subject.merge_id} if subject.merge_id else {}),
             "parent": subject.is_parent,
             "family": pipeline.blueprint.family if pipeline else first.get("family"),
             "variant": pipeline.blueprint.variant if pipeline else first.get("variant"),

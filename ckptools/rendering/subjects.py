@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ckptools.hashing import hash_source
+from ckptools.hubref import short_name
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan
 from ckptools.rendering.orders import Order
@@ -29,7 +30,7 @@ def file_subject(path: Path, order: Order, *, label: str = "", parent: bool = Fa
         config = None if path.is_dir() else order.config
         return load_pipeline(path, config=config, vae=order.vae, device=device, dtype=dtype)
 
-    return Subject(label or path.stem, path.name, load, path, parent)
+    return Subject(label or short_name(path), path.name, load, path, parent)
 
 
 def parents_of(plan: Plan, order: Order) -> tuple[Subject, ...]:

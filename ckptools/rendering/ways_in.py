@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckptools.errors import InputError, Interrupted
-from ckptools.hubref import hub_ref_of
+from ckptools.hubref import hub_ref_of, short_name
+from ckptools.manifest import planned_id
 from ckptools.plan import Plan
 from ckptools.rendering.orders import (
     Order,
@@ -42,7 +43,7 @@ def render_files(
     return render(
         subjects,
         order,
-        folder or Path(f"{sources[0].stem}-render"),
+        folder or Path(f"{short_name(sources[0])}-render"),
         title=", ".join(path.name for path in sources),
         use_cache=use_cache,
         force=force,
@@ -75,6 +76,7 @@ def render_plan(
             "merge",
             recipe.output_path.name,
             lambda device, dtype: load_plan(plan, order, sha256s, device=device, dtype=dtype),
+            merge_id=planned_id(plan),
         )
     else:
         merge = file_subject(output, order, label="merge")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptools.codec import F16_SCALE, Encoder, decode, has_nonfinite_f16
+from ckptools.codec import F16_SCALE, Encoder, aligned, decode, has_nonfinite_f16
 from ckptools.program import Compute, Mix
 from ckptools.tensors import DTYPES
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BLOCK = 1 << 17  # elements at a time: fewer, and the calls cost more than what caches save
+BLOCK = 1 << 18  # elements at a time: fewer, and the calls cost more than what caches save
 
 _FOLDED = 2.0**15  # coefficients up to this can be multiplied with `F16_SCALE`
 
@@ -105,7 +105,7 @@ class PlainEvaluator:
     def _memory(self, depth: int, kind: str, length: int) -> NDArray[Any]:
         found = self._blocks.get((depth, kind))
         if found is None:
-            found = self._blocks[depth, kind] = np.empty(BLOCK, kind)
+            found = self._blocks[depth, kind] = aligned(BLOCK, kind)
         return found[:length]
 
 

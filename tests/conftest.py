@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import settings
 from models import shrunk, write_model
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts with "&"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("ckptools", derandomize=True, deadline=None, database=None)
 settings.load_profile("ckptools")

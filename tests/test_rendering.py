@@ -20,7 +20,7 @@ import ckptools
 from ckptools import rendering
 from ckptools.cli import run
 from ckptools.errors import InputError, OutputError, UsageError
-from ckptools.recipe import load_recipe
+from ckptools.recipe import RENDER_KEYS, load_recipe
 from ckptools.render import Request, draw, load_pipeline, to_pixels
 from ckptools.render.files import infotext, read_mask, read_picture, write_picture
 from ckptools.render.page import html_page
@@ -242,6 +242,14 @@ def test_what_cannot_be_drawn_is_said_before_the_merge(
     assert run(["merge", str(recipe), "-q"]) == 2
     assert "no pictures are drawn with controlnet models" in capsys.readouterr().err
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_every_key_of_render_is_documented_as_the_schema_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "rendering.md").read_text(encoding="utf-8")
+
+    assert len(RENDER_KEYS) > 20
+    for name, key in RENDER_KEYS.items():
+        assert f"| `{name}` | {key.text} |" in text
 
 
 def test_what_a_recipe_orders_is_what_is_drawn(tmp_path: Path) -> None:

@@ -634,6 +634,7 @@ class _Planner:
                 self.params[ref.name] = compile_param(
                     Param(lines), name_of_param=ref.name, family=self.family,
                     names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
+                    taken=() if ref.name in weights else tuple(self.recipe.take),
                 )  # fmt: skip
             except ManyErrors as exc:
                 self.errors += exc.errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ckptools.hub.licences import Licence
 from ckptools.publication import Publication, Published
 from ckptools.report import (
     _row,
@@ -40,15 +41,24 @@ def publication_json(publication: Publication) -> dict[str, object]:
         "upload_bytes": sent if remote.is_known else None,
         "up_to_date": publication.is_up_to_date if remote.is_known else None,
         "card": publication.card,
-        "license": {
-            "id": licence.id,
-            "name": licence.name,
-            "link": licence.link,
-            "refused": licence.refused,
-            "why": list(licence.why),
-            "parents": dict(licence.parents),
-        },
+        "license": _licence_json(licence),
         "notes": list(publication.notes),
+    }
+
+
+def card_json(text: str, licence: Licence) -> dict[str, object]:
+    """The card, and why it names the licence it does."""
+    return {"card": text, "license": _licence_json(licence)}
+
+
+def _licence_json(licence: Licence) -> dict[str, object]:
+    return {
+        "id": licence.id,
+        "name": licence.name,
+        "link": licence.link,
+        "refused": licence.refused,
+        "why": list(licence.why),
+        "parents": dict(licence.parents),
     }
 
 

@@ -82,12 +82,19 @@ class CompiledParam:
 
 
 def compile_param(
-    param: Param, *, name_of_param: str, family: Family, names: Collection[str], compat: str = ""
+    param: Param,
+    *,
+    name_of_param: str,
+    family: Family,
+    names: Collection[str],
+    compat: str = "",
+    taken: Collection[str] = (),
 ) -> CompiledParam:
     """Every tensor's number, or all that is wrong with the param, in one go.
 
     names   the tensor names of the base
     compat  another tool's assignment of blocks, a key of `family.compat`
+    taken   components that are taken as they are from another model: none of `names` is theirs
     Errors (RecipeError, or ManyErrors): a selector that is unknown or selects nothing, a value that
     is no finite number, a tensor without a value (protected tensors need none).
     """
@@ -95,6 +102,9 @@ def compile_param(
     errors: list[CkptError] = []
     winning: dict[str, ParamLine] = {}
     for line in param.lines:
+        if line.selector in taken:
+            errors.append(_taken(line))
+            continue
         selected = _checked_selection(line, grounds, errors)
         winning.update(dict.fromkeys(selected, line))
     missing = [n for n in names if n not in winning and not family.is_protected(n)]
@@ -243,6 +253,14 @@ def _unknown_word(word: str, grounds: _Grounds) -> RecipeError:
         hint = f"known: {', '.join(['default', *known])}, {_ranges_in_words(family.blocks)}"
         hint = f"{hint.rstrip(', ')}, or a glob such as '*attn2*'"
     return RecipeError(f"{word!r} is neither a component nor a block of {family.id}", fix=hint)
+
+
+def _taken(line: ParamLine) -> RecipeError:
+    return RecipeError(
+        f"{line.selector!r} is taken whole from another model: no number holds for it",
+        where=line.where,
+        fix=f"leave this line out, or `take: {{{line.selector}: …}}`",
+    )
 
 
 def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:

@@ -276,6 +276,17 @@ def test_the_card_command_prints_it_alone(lone: Path, capsys: pytest.CaptureFixt
     assert shown.err == ""
 
 
+def test_the_card_command_tells_the_licence_as_json(
+    lone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["card", str(lone), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+
+    assert said["schema"] == "ckptools.card/1"
+    assert front(said["card"])["license"] == said["license"]["id"] == "mit"
+    assert said["license"]["refused"] == ""
+
+
 def test_the_card_command_says_that_the_licence_is_open(
     lone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

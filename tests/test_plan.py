@@ -365,6 +365,17 @@ def test_a_vae_of_its_own_file_is_taken_byte_for_byte(
     assert plan.notes == ("vae: 248 tensors taken from V, F32, byte for byte",)
 
 
+def test_a_number_for_what_is_taken_whole_is_told(abc: dict[str, Path], planned: Planned) -> None:
+    [error] = errors_of(
+        lambda: planned(
+            abc, "A * M + B * (1 - M)", "params: {M: {default: 0.5, vae: 0}}\ntake: {vae: C}"
+        )
+    )
+
+    assert "'vae' is taken whole from another model" in error.what
+    assert "take: {vae: " in error.fix
+
+
 def test_a_component_is_taken_from_a_whole_model(abc: dict[str, Path], planned: Planned) -> None:
     plan = planned(abc, "A", "take: {text_encoder: B}")
     taken = [step for step in plan.steps if step.component == "text_encoder"]

@@ -7,13 +7,16 @@ from typing import Any
 
 import click
 
+from ckptools.cli.options import json_option
+
 
 @click.command(name="card")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--repo", default="", metavar="OWNER/NAME", help="Repository that it names.")
 @click.option("--license", "license_", default="", metavar="ID", help="Instead of the parents'.")
 @click.option("--license-link", default="", metavar="URL", help="Where the licence's text is.")
-def command(source: Path, **options: Any) -> None:
+@json_option
+def command(source: Path, as_json: bool, **options: Any) -> None:
     """Print the model card that SOURCE would be published with; asks nobody.
 
     \b
@@ -26,6 +29,9 @@ def command(source: Path, **options: Any) -> None:
 
     path, order = published_order(source, options | {"force_unchecked": True})
     text, licence = make_card_alone(gather(path, order))
+    if as_json:
+        report.show_json("card", report_publish.card_json(text, licence))
+        return
     report_publish.show_card(text)
     if licence.refused:
         report.show_message(f"no licence: {licence.refused}; --license gives one")

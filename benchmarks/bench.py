@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fullsize import write_lora, write_model
+from memory_use import peak_megabytes
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -133,27 +134,27 @@ FAMILIES = {"sd1": "SD1.5", "sdxl": "SDXL"}
 
 @dataclass
 class Runs:
-    """Wall seconds and peak resident bytes of one program's runs."""
+    """Wall seconds of one program's runs, and its peak memory in a run of its own."""
 
     seconds: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    peak_megabytes: float = 0.0
     failed: str = ""
 
 
-def measure(command: Sequence[str], folder: Path) -> tuple[float, int]:
-    """Wall seconds and peak RSS (largest process, bytes) of one whole process."""
+def measure(command: Sequence[str], folder: Path) -> float:
+    """Wall seconds of one whole process."""
     os.sync()  # earlier runs' writes are not this one's
     with tempfile.TemporaryFile() as messages:  # not a pipe: a progress bar would fill it and wait
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=messages)
-        _, status, usage = os.wait4(process.pid, 0)
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=messages, check=False
+        )
         seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if done.returncode:
             messages.seek(0)
             lines = messages.read().decode(errors="replace").strip().splitlines()
             raise RuntimeError(lines[-1] if lines else "failed")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds
 
 
 def programs(case: Case, folder: Path, peers: dict[str, str]) -> dict[str, list[str]]:
@@ -209,35 +210,33 @@ def find_peers(peer_python: str) -> dict[str, str]:
     return {"sd-mecha": peer_python} if found.returncode == 0 else {}
 
 
-def run_case(
-    case: Case, folder: Path, peers: dict[str, str], runs: int, warmup: bool
-) -> dict[str, Runs]:
-    """All programs in turn, `runs` times, after one uncounted turn."""
+def run_case(case: Case, folder: Path, peers: dict[str, str], runs: int) -> dict[str, Runs]:
+    """All programs in turn, `runs` times, after one turn that looks at their memory."""
     commands = programs(case, folder, peers)
     results = {name: Runs() for name in commands}
-    for turn in range(-1 if warmup else 0, runs):
+    for turn in range(-1, runs):
         for name, command in commands.items():
             result = results[name]
             if result.failed:
                 continue
             try:
-                seconds, peak = measure(command, folder)
+                if turn < 0:
+                    result.peak_megabytes = peak_megabytes(command, folder)
+                    print(f"  {name}: {result.peak_megabytes:.0f} MB", flush=True)
+                else:
+                    result.seconds.append(measure(command, folder))
+                    print(f"  {name}: {result.seconds[-1]:.2f} s", flush=True)
             except RuntimeError as exc:
                 result.failed = str(exc)
-                continue
             finally:
                 for path in folder.glob("out*"):
                     path.unlink()
-            print(f"  {name}: {seconds:.2f} s, {peak / 1e6:.0f} MB", flush=True)
-            if turn >= 0:
-                result.seconds.append(seconds)
-                result.peaks.append(peak)
     return results
 
 
 def table(results: dict[str, Runs]) -> str:
     """A markdown table: medians, and each program's time as a multiple of ours."""
-    lines = ["| program | wall s (median) | times ckptools | peak RSS MB |", "|---|---|---|---|"]
+    lines = ["| program | wall s (median) | times ckptools | peak memory MB |", "|---|---|---|---|"]
     ours = results["ckptools"]
     for name, result in results.items():
         if result.failed:
@@ -246,7 +245,7 @@ def table(results: dict[str, Runs]) -> str:
         ratios = [x / y for x, y in zip(result.seconds, ours.seconds, strict=False)]
         lines.append(
             f"| {name} | {statistics.median(result.seconds):.1f} "
-            f"| {statistics.median(ratios):.2f} | {max(result.peaks) / 1e6:.0f} |"
+            f"| {statistics.median(ratios):.2f} | {result.peak_megabytes:.0f} |"
         )
     return "\n".join(lines)
 
@@ -274,7 +273,6 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), action="append")
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--no-warmup", action="store_true")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where to put the files (default: temporary)")
     parser.add_argument(
@@ -282,7 +280,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     peers = find_peers(options.peer_python)
-    parts = [f"{machine()}. Medians of {options.runs} runs in turn, after one that is not counted."]
+    parts = [
+        f"{machine()}. Medians of {options.runs} runs in turn, after one that looks at memory: "
+        "that of all processes together, shared pages counted once."
+    ]
     for family in options.family or FAMILIES:
         folder = Path(tempfile.mkdtemp(prefix=f"ckptools-bench-{family}-", dir=options.folder))
         try:
@@ -291,7 +292,7 @@ def main() -> None:
             make_files(folder, family, cases)
             for case in cases:
                 print(f"{FAMILIES[family]}, {case.title}", flush=True)
-                results = run_case(case, folder, peers, options.runs, not options.no_warmup)
+                results = run_case(case, folder, peers, options.runs)
                 parts.append(f"### {FAMILIES[family]} fp16, {case.title}\n\n{table(results)}")
         finally:
             shutil.rmtree(folder)

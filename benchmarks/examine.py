@@ -16,13 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from fullsize import write_model
-
-_LOOK_EVERY_S = 0.005
+from memory_use import peak_megabytes
 
 
 def timed(command: list[str]) -> float:
@@ -30,39 +27,6 @@ def timed(command: list[str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
-
-
-def peak_megabytes(command: list[str]) -> float:
-    """Peak MB of a process and all it starts, looked at every few milliseconds.
-
-    Pages that several of them share count once: the sum of their proportional set sizes. Looking
-    takes time, so this run is not a timed one.
-    """
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, sum(map(proportional_megabytes, descendants(process.pid))))
-        time.sleep(_LOOK_EVERY_S)
-    if process.returncode:
-        raise SystemExit(f"{command} failed with {process.returncode}")
-    return peak
-
-
-def descendants(number: int) -> Iterator[int]:
-    """A process, and all it started that still run."""
-    yield number
-    with suppress(OSError):  # it has ended
-        for child in Path(f"/proc/{number}/task/{number}/children").read_text().split():
-            yield from descendants(int(child))
-
-
-def proportional_megabytes(number: int) -> float:
-    """A process's memory, each page divided by how many processes share it; 0 once it has ended."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
 
 
 def main() -> None:

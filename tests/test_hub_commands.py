@@ -257,7 +257,7 @@ def test_what_is_no_adapter_is_said_so_and_not_fetched(
 ) -> None:
     assert run(["lora", "inspect", "hf://alice/a"]) == 2
 
-    assert "this is a checkpoint, not an adapter" in capsys.readouterr().err
+    assert "hf://alice/a: this is a whole model, not an adapter" in capsys.readouterr().err
     assert fetched(hub) == []
 
 

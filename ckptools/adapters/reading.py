@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ckptools.checkpoint import Checkpoint, json_beside, read_json_object
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of, kind_words
-from ckptools.hubref import hub_ref_of
+from ckptools.hubref import hub_ref_of, shown
 from ckptools.keymap import key_map, key_map_ids
 from ckptools.lora import AdapterFile, group, load_kinds, scale_of
 from ckptools.lora.group import PEFT_CONFIG, Module
@@ -144,13 +144,13 @@ def open_adapter(
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
                 f"this is {kind_words(detection)}, not an adapter",
-                where=str(path),
+                where=shown(path),
                 fix="give a LoRA or LyCORIS file",
             )
         unknown = allow_unknown and detection.kind == "lora"
         file = group(checkpoint, checkpoint.metadata, config=config, allow_unknown=unknown)
         if not file.modules and not file.embeddings:
-            raise InputError("there is no adapter in this file", where=str(path))
+            raise InputError("there is no adapter in this file", where=shown(path))
         yield Adapter(checkpoint, detection, file)
 
 

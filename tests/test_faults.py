@@ -338,8 +338,10 @@ def test_a_merge_into_a_file_that_is_being_written_is_refused(
     job.part.unlink(missing_ok=True)
     first = launcher.start(job, tmp_path / "one")
     wait_for_part(job, (0, 0))
+    while job.part.exists() and not job.part.stat().st_size:  # not locked yet
+        let_pass(0.001)
     os.kill(first, signal.SIGSTOP)  # its workers wait for it; the lock is theirs, too
-    if job.is_new():
+    if not job.part.exists():
         pytest.fail("the first merge was done before it could be stopped")
     code = launcher.wait(launcher.start(job, tmp_path / "two"))
     os.kill(first, signal.SIGCONT)

@@ -508,8 +508,9 @@ def run(
         stream = _by_processes(engine, list(units), sink, settings.threads)
     else:
         stream = _by_threads(engine, units, sink, settings.threads)
+    needs_torch = not (alone or forked) and any(map(_computes, tasks))
     digest = hashlib.sha256()
-    with closing(stream), nullcontext() if plain else _single_threaded():
+    with closing(stream), _single_threaded() if needs_torch else nullcontext():
         for data in stream:
             for hasher in (digest, *hashers):
                 hasher.update(data.data)
@@ -606,9 +607,14 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
 
 def _is_plain(task: Task, settings: Settings) -> bool:
     """Whether a task can be done without torch, which counts NaN and Inf where they may be."""
-    if isinstance(task.program, Copy | PositionIds):
+    if not _computes(task):
         return True
     return not settings.allow_nonfinite and is_plain(task.program, task.spec.dtype)
+
+
+def _computes(task: Task) -> bool:
+    """Whether there is arithmetic in a task at all."""
+    return not isinstance(task.program, Copy | PositionIds)
 
 
 def recompute(

@@ -961,6 +961,27 @@ def test_torch_gets_its_threads_back() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_torch_shares_no_block_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a linear merge is so large that torch does it."""
+    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+    seen = set()
+    fill = ckptools.evaluation.Evaluation.fill
+
+    def watched(*given, **named):
+        seen.add(torch.get_num_threads())
+        fill(*given, **named)
+
+    monkeypatch.setattr(ckptools.evaluation.Evaluation, "fill", watched)
+    torch.set_num_threads(2)
+    try:
+        merge_one(HALF, A=noise(9, 1), B=noise(9, 2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+    assert seen == {1}
+
+
 def test_the_unit_of_the_oracle_is_the_distance_of_neighbours() -> None:
     numbers = values(finite_patterns("F16"), "F16")
     positive = np.sort(numbers[numbers > 0])

@@ -640,6 +640,12 @@ class _Planner:
                 self.errors += exc.errors
             except CkptError as exc:
                 self.errors.append(exc.at(ref.where))
+            self.notes += [
+                f"{line.where}: {line.selector!r} of {ref.name} has no say: "
+                f"`take` takes the {line.selector} from {self.recipe.take[line.selector][0]}"
+                for line in ref.lines
+                if line.selector in self.recipe.take and ref.name not in weights
+            ]
         for compiled in self.params.values():
             self.warnings += [
                 f"{line.where}: {line.selector!r} of {compiled.name} never wins: lines below it "

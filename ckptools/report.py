@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ckptools.workflow import MergeResult
 
 _COMMON_FORMS = 3
+_SHORT_FORM = 24  # letters of a formula that fits beside the numbers
 _WIDTH_OF_PIPES = 110
 _LEAST_FOLDED = 6
 _BETWEEN_COLUMNS = 3
@@ -268,16 +269,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
     _show_table(models)
     if plan.bakings:
         _show_adapters(plan)
-    table = _table("component", "merged", "copied", "cast", "carried", "size", "stored as",
-                   "formula", numbers=(1, 2, 3, 4, 5))  # fmt: skip
-    for component, steps in _by_component(plan).items():
-        counts = Counter(step.action for step in steps)
-        cells = [f"{counts[action]:,}" if counts[action] else "·"
-                 for action in ("merged", "copied", "cast", "carried")]  # fmt: skip
-        dtypes = " ".join(sorted({step.spec.dtype for step in steps}))
-        size = gigabytes(sum(step.spec.nbytes for step in steps))
-        _row(table, component, *cells, size, dtypes, _forms_text(steps))
-    _show_table(table)
+    _show_components(plan)
     show_line(
         f"read {gigabytes(plan.read_bytes)}, write {gigabytes(plan.file_bytes)} "
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
@@ -289,6 +281,31 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         show_line(f"warning: {warning}")
     if details:
         _show_unmerged(plan)
+
+
+def _show_components(plan: Plan) -> None:
+    """What becomes of each component; formulas below the table where they need the width."""
+    from ckptools.plan import ACTIONS
+
+    found = _by_component(plan)
+    actions = [action for action in ACTIONS if action == "merged" or plan.counts[action]]
+    forms = {component: _forms_text(steps) for component, steps in found.items()}
+    beside = all(len(lines) < 2 and len("".join(lines)) <= _SHORT_FORM for lines in forms.values())
+    last = ["formula"] if beside else []
+    numbers = tuple(range(1, len(actions) + 2))
+    table = _table("component", *actions, "size", "stored as", *last, numbers=numbers)
+    for component, steps in found.items():
+        counts = Counter(step.action for step in steps)
+        cells = [f"{counts[action]:,}" if counts[action] else "·" for action in actions]
+        dtypes = " ".join(sorted({step.spec.dtype for step in steps}))
+        size = gigabytes(sum(step.spec.nbytes for step in steps))
+        _row(table, component, *cells, size, dtypes, *([forms[component]] if beside else []))
+    _show_table(table)
+    if not beside:
+        table = _table("component", "formula")
+        for component, lines in forms.items():
+            _row(table, component, lines)
+        _show_table(table)
 
 
 def _show_adapters(plan: Plan) -> None:
@@ -478,7 +495,7 @@ class BarProgress(Progress):
 
     def planned(self, plan: Plan) -> None:
         """Say what will happen, and every warning, before it does."""
-        models = ", ".join(f"{source.name} {source.label}" for source in plan.sources)
+        models = ", ".join(f"{source.name} = {source.label}" for source in plan.sources)
         self._bars.console.print(safe(f"{plan.recipe.merge.text.strip()}   ({models})"))
         for warning in plan.warnings:
             self._bars.console.print(safe(f"warning: {warning}"), style="yellow")

@@ -94,7 +94,8 @@ def compile_param(
 
     names   the tensor names of the base
     compat  another tool's assignment of blocks, a key of `family.compat`
-    taken   components that are taken as they are from another model: none of `names` is theirs
+    taken   components that are taken as they are from another model: none of `names` is theirs,
+            and lines for them have no say
     Errors (RecipeError, or ManyErrors): a selector that is unknown or selects nothing, a value that
     is no finite number, a tensor without a value (protected tensors need none).
     """
@@ -103,7 +104,6 @@ def compile_param(
     winning: dict[str, ParamLine] = {}
     for line in param.lines:
         if line.selector in taken:
-            errors.append(_taken(line))
             continue
         selected = _checked_selection(line, grounds, errors)
         winning.update(dict.fromkeys(selected, line))
@@ -117,7 +117,11 @@ def compile_param(
     return CompiledParam(
         name=name_of_param,
         lines=winning,
-        shadowed=tuple(x for x in param.lines if id(x) not in winners and not x.may_be_empty),
+        shadowed=tuple(
+            line
+            for line in param.lines
+            if not (id(line) in winners or line.may_be_empty or line.selector in taken)
+        ),
     )
 
 
@@ -253,14 +257,6 @@ def _unknown_word(word: str, grounds: _Grounds) -> RecipeError:
         hint = f"known: {', '.join(['default', *known])}, {_ranges_in_words(family.blocks)}"
         hint = f"{hint.rstrip(', ')}, or a glob such as '*attn2*'"
     return RecipeError(f"{word!r} is neither a component nor a block of {family.id}", fix=hint)
-
-
-def _taken(line: ParamLine) -> RecipeError:
-    return RecipeError(
-        f"{line.selector!r} is taken whole from another model: no number holds for it",
-        where=line.where,
-        fix=f"leave this line out, or `take: {{{line.selector}: …}}`",
-    )
 
 
 def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:

@@ -23,7 +23,7 @@ def command(folder: Path) -> None:
       ckptools demo
     """
     from ckptools import report
-    from ckptools.errors import UsageError
+    from ckptools.errors import Interrupted, UsageError
     from ckptools.rendering import Order, check_order
     from ckptools.workflow import demo_recipe, find_step, merge, planned, render_recipe
 
@@ -61,6 +61,8 @@ def command(folder: Path) -> None:
     with report_render.PictureProgress() as pictures:
         drawn = render_recipe(recipe, folder=folder / "pictures", progress=pictures)
     report_render.show_rendering(drawn)
+    if drawn.interrupted:
+        raise Interrupted(f"interrupted; {drawn.kept}, and the merge in {folder}")
     report.show_line("")
     report.show_line("And at other values of M?")
     with report_sweep.SweepBars() as bars:
@@ -69,3 +71,5 @@ def command(folder: Path) -> None:
             progress=bars,
         )  # fmt: skip
     report_sweep.show_sweep(swept, report_sweep.write_report(swept))
+    if swept.interrupted:
+        raise Interrupted(f"interrupted; what was done is kept in {folder}")

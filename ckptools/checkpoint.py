@@ -18,7 +18,8 @@ import re
 import reprlib
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
@@ -790,6 +791,15 @@ def source_file_of(path: Path) -> SourceFile:
         return SourceFile(path, header, Identity.of(stream.fileno()))
 
 
+def shards_named_in(indexes: Iterable[Path]) -> set[str]:
+    """File names that indexes name; of one that cannot be read none: opening it says why."""
+    named: set[str] = set()
+    for index in indexes:
+        with suppress(InputError):
+            named |= set(_read_index(index).weight_map.values())
+    return named
+
+
 def weights_in(folder: Path) -> Path:
     """The one file of weights in a folder, or the index of its shards.
 
@@ -799,9 +809,13 @@ def weights_in(folder: Path) -> Path:
         there = sorted(folder.iterdir())
     except OSError as exc:
         raise InputError(f"cannot be opened: {exc.strerror}", where=str(folder)) from exc
-    candidates = [item for item in there if item.name.endswith(_INDEX_SUFFIX)]
-    for suffixes in ((".safetensors",), _MODEL_SUFFIXES):
-        candidates = candidates or [item for item in there if item.suffix in suffixes]
+    indexes = [item for item in there if item.name.endswith(_INDEX_SUFFIX)]
+    shards = shards_named_in(indexes)
+    candidates = [
+        *indexes,
+        *(x for x in there if x.suffix == ".safetensors" and x.name not in shards),
+    ]
+    candidates = candidates or [item for item in there if item.suffix in _MODEL_SUFFIXES]
     if len(candidates) == 1:
         return candidates[0]
     names = ", ".join(item.name for item in candidates[:8])

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ckptools.checkpoint import Checkpoint, open_file
+from ckptools.checkpoint import Checkpoint, open_file, shards_named_in
 from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
 from ckptools.folders import is_diffusers_folder
@@ -299,11 +299,14 @@ def survey(
 def files_in(path: Path) -> tuple[Path, ...]:
     """The checkpoints in a plain folder, sorted; () for anything that is one checkpoint.
 
-    A plain folder holds several files or diffusers folders, and no index that makes shards of them.
+    A plain folder holds several files, diffusers folders, or indexes, which stand for their shards.
     """
-    if not path.is_dir() or is_diffusers_folder(path) or any(path.glob("*.index.json")):
+    if not path.is_dir() or is_diffusers_folder(path):
         return ()
-    found = sorted(p for p in path.iterdir() if _is_checkpoint(p))
+    indexes = sorted(path.glob("*.index.json"))
+    shards = shards_named_in(indexes)
+    found = [item for item in path.iterdir() if _is_checkpoint(item) and item.name not in shards]
+    found = sorted([*indexes, *found])
     return tuple(found) if len(found) > 1 else ()
 
 

@@ -21,8 +21,10 @@ from ckptools.errors import InputError, InvalidFileError, UsageError
 from ckptools.family import load_families
 from ckptools.inspection import Inspection, inspect, survey
 from ckptools.recipe import load_recipe
+from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.workflow import merge
+from ckptools.writer import index_document, lay_out
 
 TINY = Path(ckptools.__file__).parent / "tiny"
 LISTS = Path(ckptools.__file__).parent / "families" / "tensors"
@@ -635,6 +637,27 @@ def test_a_folder_of_files_is_listed_and_its_broken_file_is_told(
     assert [Path(one["file"]).name for one in body["files"]] == rows
     assert [one.get("whole") for one in body["files"]] == [True, None, False]
     assert body["files"][1]["error"]["code"] == "invalid-file"
+
+
+def test_an_index_stands_for_its_shards_beside_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs = list(shrunk("sd1").values())
+    layouts = [
+        lay_out(part, {}, tmp_path / f"big-0000{number}-of-00002.safetensors")
+        for number, part in ((1, specs[:500]), (2, specs[500:]))
+    ]
+    for part in layouts:
+        sparse(part.path, part.specs)
+    (tmp_path / "big.safetensors.index.json").write_bytes(index_document(layouts))
+
+    assert "tensors in 2 files" in shown(capsys, tmp_path)
+    sparse(tmp_path / "small.safetensors", specs)
+    names = [Path(one["file"]).name for one in as_json(capsys, tmp_path)["files"]]
+
+    assert names == ["big.safetensors.index.json", "small.safetensors"]
+    with pytest.raises(InputError, match="2 candidate files"):
+        open_checkpoint(tmp_path)
 
 
 def test_several_files_are_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

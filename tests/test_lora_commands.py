@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ckptools
 from ckptools.adapters.check import check_adapter
 from ckptools.adapters.extract import Extraction, extract
 from ckptools.adapters.factors import (
@@ -579,6 +580,12 @@ def test_what_does_not_fit_is_listed(sd1: Path, tmp_path: Path) -> None:
 
 
 # --- inspect -----------------------------------------------------------------------------------
+
+
+def test_a_base_that_only_the_metadata_tells_is_told() -> None:
+    glow = inspect_adapter(Path(ckptools.__file__).parent / "tiny" / "glow.safetensors")
+
+    assert glow.base == (("sd1", "its metadata says sd_v1"),)
 
 
 def test_inspection_tells_training_and_triggers(tmp_path: Path) -> None:

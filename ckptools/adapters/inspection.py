@@ -12,6 +12,15 @@ from typing import TypeVar
 from ckptools.adapters.reading import Adapter, component_names, kind_title, open_adapter
 from ckptools.progress import Progress
 
+# What trainers write as `ss_base_model_version`, by how it starts.
+_TOLD_FAMILIES = (
+    ("sd_v1", "sd1"),
+    ("sd_v2", "sd2"),
+    ("sdxl", "sdxl"),
+    ("sd3", "sd3"),
+    ("flux", "flux"),
+)
+
 N = TypeVar("N", int, float)
 
 TRAINING_KEYS = (
@@ -84,7 +93,7 @@ def inspect_adapter(
             kinds=dict(Counter(kind_title(m) for m in modules.values()).most_common()),
             scheme=adapter.scheme,
             layout=adapter.detection.layout or "unknown",
-            base=tuple((fit.family, fit.reason) for fit in adapter.fits),
+            base=tuple((fit.family, fit.reason) for fit in adapter.fits) or _told_base(metadata),
             ranks=_histogram(m.rank for m in modules.values() if m.rank is not None),
             alphas=_histogram(_alphas(adapter)),
             scales=_histogram(round(scale, 6) for scale in adapter.scales.values()),
@@ -177,3 +186,16 @@ def _tags(
         return (), ("ss_tag_frequency is not what kohya's trainer writes",)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return tuple(ordered[:most]), ()
+
+
+def _told_base(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The family that a trainer wrote down, for adapters whose names and widths tell none.
+
+    Source: kohya-ss/sd-scripts, `library/train_util.py`, `get_model_version_str_for_sd1_sd2` and
+    `library/sdxl_model_util.py`, `MODEL_VERSION_SDXL_BASE_V1_0`.
+    """
+    told = metadata.get("ss_base_model_version", "")
+    for start, family in _TOLD_FAMILIES:
+        if told.startswith(start):
+            return ((family, f"its metadata says {told}"),)
+    return ()

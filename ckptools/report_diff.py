@@ -95,12 +95,12 @@ def show_diff(found: Difference, *, top: int) -> None:
         show_line(f"metadata differs: {', '.join(key for key, _, _ in found.metadata)}")
     changed = {name: pair for name, pair in found.groups.items() if pair.changed}
     if changed:
-        _show_pairs("group", changed)
+        _show_groups(changed)
         unchanged = [name for name in found.groups if name not in changed]
         if unchanged:
             show_line(f"unchanged: {' '.join(unchanged)}")
         if most := most_changed(found)[:top]:
-            _show_pairs("tensor", {name: found.pairs[name] for name in most})
+            _show_tensors({name: found.pairs[name] for name in most})
     _show_fits(found)
     counted = f"{found.changed:,} of {found.tensors:,} shared tensors differ"
     if found.has_values:
@@ -114,8 +114,17 @@ def _show_names(title: str, names: Sequence[str]) -> None:
         show_line(f"{title}: … {len(names) - _MOST_NAMES:,} more (--json lists them)")
 
 
-def _show_pairs(title: str, pairs: dict[str, Pair]) -> None:
-    table = _table(title, "rel L2", "cosine", "max", "mean", "changed", "NaN/Inf",
+def _show_tensors(pairs: dict[str, Pair]) -> None:
+    """Lines, not a table: names are long, and are copied."""
+    show_line(f"{'rel L2':>8}  {'max':>9}  {'changed':>7}  tensor")
+    for name, pair in pairs.items():
+        figures = f"{pair.rel_l2:>8.3g}  {pair.max_abs:>9.3g}  {pair.changed_share:>7.1%}"
+        nonfinite = f"  ({pair.nonfinite:,} NaN or Inf)" if pair.nonfinite else ""
+        show_line(f"{figures}  {name}{nonfinite}")
+
+
+def _show_groups(pairs: dict[str, Pair]) -> None:
+    table = _table("group", "rel L2", "cosine", "max", "mean", "changed", "NaN/Inf",
                    numbers=(1, 2, 3, 4, 5, 6), wide=(0,))  # fmt: skip
     for name, pair in pairs.items():
         _row(table, name, f"{pair.rel_l2:.3g}", f"{pair.cosine:.6f}", f"{pair.max_abs:.3g}",

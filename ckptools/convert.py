@@ -416,7 +416,7 @@ class _Planner:
             for n, s in side.items()
         }
         self.notes.append(
-            f"no place in a diffusers folder: {len(side):,} tensors, kept in {SIDE_FILE}"
+            f"tensors without a place in a diffusers folder, kept in {SIDE_FILE}: {len(side):,}"
         )
         return self._shards(Path(SIDE_FILE), "", side, programs, {"format": "pt"}, shard_bytes=0)
 

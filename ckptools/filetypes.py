@@ -73,7 +73,7 @@ def file_type(head: bytes) -> FileType | None:
     stripped = head.lstrip().lower()
     if stripped.startswith(_PAGES):
         return FileType(
-            "an HTML page, not a model (the download got an error or log-in page)",
+            "an HTML page, not a model: the download got an error or log-in page",
             "download it again, logged in where the site asks for it",
         )
     if stripped.startswith(b"<?xml"):

@@ -1286,18 +1286,18 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     for path in plan.outputs:
         if any(_same_file(path, other) for other in inputs):
             yield OutputError(
-                f"the output {str(path)!r} is one of the inputs",
+                f"the output {os.path.normpath(path)!r} is one of the inputs",
                 where=where,
                 fix="write to another file",
             )
         elif path.exists() and not force:
             yield OutputError(
-                f"the output {str(path)!r} exists",
+                f"the output {os.path.normpath(path)!r} exists",
                 where=where,
                 fix="use --force, or `overwrite: true`, to replace it",
             )
         elif path.is_dir():
-            yield OutputError(f"the output {str(path)!r} is a folder", where=where)
+            yield OutputError(f"the output {os.path.normpath(path)!r} is a folder", where=where)
     folder = existing_folder(plan.recipe.output_path.parent)
     if not folder.is_dir():
         yield OutputError(f"{str(folder)!r} is not a folder", where=where)

@@ -135,7 +135,7 @@ def show_soundness(found: Soundness) -> None:
     what = ""
     if found.detection is not None:
         words = (found.detection.family or found.detection.kind, found.detection.variant)
-        what = f" ({', '.join(word for word in words if word)})"
+        what = f" ({', '.join(dict.fromkeys(filter(None, words)))})"
     verdict = "sound" if found.valid else "unsafe" if found.unsafe else "invalid"
     checked = f"; checked: {', '.join(found.checked)}" if found.checked else ""
     show_line(f"{shown_path(found.path)}: {verdict}{what}{checked}")

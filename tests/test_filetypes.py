@@ -49,7 +49,7 @@ RECIPE = b"# a mix\nckptools: 1\nmodels: {A: a.safetensors}\n"
 # what is written, by its own library where there is one; what it is called; what to do
 FILES = [
     (zipped(), "a zip archive", "unpack it"),
-    (gzip.compress(b"x" * 900), "a gzip archive", "unpack it"),
+    (gzip.compress(b"x" * 900, mtime=0), "a gzip archive", "unpack it"),
     (bz2.compress(b"x" * 900), "a bzip2 archive", "unpack it"),
     (lzma.compress(b"x" * 900), "an xz archive", "unpack it"),
     (tarred(), "a tar archive", "unpack it"),
@@ -77,7 +77,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("data", "what", "fix"), FILES)
+@pytest.mark.parametrize(
+    ("data", "what", "fix"), FILES, ids=[f"{number}" for number in range(len(FILES))]
+)
 def test_a_file_that_is_no_model_is_called_what_it_is(
     tmp_path: Path, data: bytes, what: str, fix: str
 ) -> None:

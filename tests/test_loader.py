@@ -94,9 +94,15 @@ def test_every_tensor_is_as_diffusers_loads_it(
         (folder / name).symlink_to(model.config / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = getattr(diffusers, kind).from_single_file(
-            str(model.path), config=str(folder), local_files_only=True, torch_dtype=torch.float32
-        )
+        try:
+            theirs = getattr(diffusers, kind).from_single_file(
+                str(model.path), config=str(folder), local_files_only=True,
+                torch_dtype=torch.float32,
+            )  # fmt: skip
+        except AttributeError as exc:  # diffusers 0.38 with transformers 5.23
+            if "object has no attribute 'text_model'" not in str(exc):
+                raise
+            pytest.skip(f"this diffusers cannot fill this transformers' modules: {exc}")
 
     for name, module in ours.modules.items():
         assert_equal(module.state_dict(), getattr(theirs, name).state_dict())

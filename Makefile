@@ -42,6 +42,7 @@ pictures: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench.py --write docs/benchmarks.md
+	$(BIN)/python benchmarks/loading.py --write docs/benchmarks.md
 
 gpu: .venv/.dev
 	$(BIN)/python -m pytest -m gpu

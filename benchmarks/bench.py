@@ -250,8 +250,8 @@ def table(results: dict[str, Runs]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processor, cores, memory and versions; no name of the machine."""
+def machine(*more: str) -> str:
+    """Processor, cores and versions, of `more` packages too; no name of the machine."""
     from importlib.metadata import version
 
     cpu = platform.processor() or platform.machine()
@@ -261,7 +261,8 @@ def machine() -> str:
                   if line.startswith("model name")]  # fmt: skip
         cpu = models[0] if models else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "numpy"))
+    named = ("torch", "safetensors", "numpy", *more)
+    packages = ", ".join(f"{name} {version(name)}" for name in named)
     return (
         f"{cpu}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
     )

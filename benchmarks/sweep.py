@@ -1,18 +1,20 @@
 """What swapping variants in memory saves: hot swap against merging to disk and loading again.
 
 python benchmarks/sweep.py                    the tiny family, pictures included
-python benchmarks/sweep.py --full FOLDER      full-size SD1.5 UNets (random weights, made in
-                                              FOLDER, 3 x 1.7 GB), no pictures
+python benchmarks/sweep.py --full             full-size SD1.5 (random weights, three files and
+                                              their merge: 8.5 GB of disk), no pictures
+python benchmarks/sweep.py --full --family sdxl     28 GB of disk
 python benchmarks/sweep.py --device cuda      the same on a GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import statistics
 import tempfile
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,14 +25,14 @@ import ckptools
 from ckptools.engine import Settings
 from ckptools.plan import make_plan
 from ckptools.recipe import Recipe, load_recipe, with_numbers
-from ckptools.render import load_pipeline
+from ckptools.render import ModuleSink, load_pipeline
 from ckptools.sweep import Draws, sweep
 from ckptools.variants import Variants, merged_model
 from ckptools.workflow import default_threads, merge, peak_memory_bytes
 
 TINY = Path(ckptools.__file__).parent / "tiny"
 NUMBERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FULL_NUMBERS = (0.25, 0.5, 0.75)  # 5.2 GB kept, 3.4 GB of modules
+FULL_NUMBERS = tuple(number / 8 for number in range(9))
 T = TypeVar("T")
 
 
@@ -71,76 +73,82 @@ def tiny(folder: Path, device: str) -> None:
     print(f"  load the file                      {loaded * 1000:6.1f} ms")
 
 
-class Modules:
-    """A stand-in for a UNet's resident parameters: bytes go where they would, cast to fp32
-    (processor) or as they are (GPU).
-    """
-
-    def __init__(self, places: Mapping[str, tuple[int, int]], device: str) -> None:
-        kind = torch.float32 if device == "cpu" else torch.float16
-        ordered = sorted(places.values())
-        self._starts = [start for start, _ in ordered]
-        self._held = [torch.zeros(n, dtype=kind, device=device) for _, n in ordered]
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Take a run of one tensor's fp16 bytes."""
-        if data.nbytes:
-            number = bisect_right(self._starts, offset) - 1
-            first = (offset - self._starts[number]) // 2
-            values = torch.frombuffer(data, dtype=torch.float16)
-            self._held[number][first : first + len(values)].copy_(values)
-
-
-def full(folder: Path, device: str) -> None:
-    """SD1.5's UNet at full size: one read for three variants, swaps, and the way over the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
+def full(folder: Path, family: str, device: str, budget: int) -> None:
+    """A model of full size: variants in memory and swapped in, and the way over the disk."""
     for seed, name in enumerate("ABC", 1):
         if not (folder / f"{name}.safetensors").exists():
-            write_model(folder / f"{name}.safetensors", "sd1", seed=seed)
+            write_model(folder / f"{name}.safetensors", family, seed=seed)
     recipe = recipe_over(folder, folder)
-    first = make_plan(recipe, threads=default_threads())
+    first = make_plan(with_numbers(recipe, {"M": FULL_NUMBERS[0]}), threads=default_threads())
     plans = [
-        make_plan(with_numbers(recipe, {"M": m}), threads=first.threads, sources=first.sources)
-        for m in FULL_NUMBERS
+        first,
+        *(
+            make_plan(with_numbers(recipe, {"M": m}), threads=first.threads, sources=first.sources)
+            for m in FULL_NUMBERS[1:]
+        ),
     ]
     models = [merged_model(f"M={m:g}", plan) for m, plan in zip(FULL_NUMBERS, plans, strict=True)]
     variants = Variants(models, first, Settings(first.threads))
-    unet = {
-        name: (task.start, task.spec.numel)
-        for name, task in models[0].tasks.items()
-        if name.startswith("model.diffusion_model.")
-    }
-    variants.changing = tuple(name for name in variants.changing if name in unet)
-    sink = Modules(unet, device)
-    everyone = range(len(models))
-    print(f"SD1.5 UNet, fp16, {len(models)} variants, on {device}")
-    size = variants.kept_bytes(everyone)
-    seconds, _ = timed(lambda: variants.keep(everyone))
-    print(f"  one read, all variants in memory   {seconds:6.2f} s  ({size / 1e9:.2f} GB kept)")
-    for number in everyone:
-        seconds, written = timed(lambda n=number: variants.swap(n, sink))
-        print(f"  hot swap, {models[number].name:7}                  {seconds:6.2f} s  "
-              f"({written / 1e9:.2f} GB)")  # fmt: skip
-    seconds, _ = timed(lambda: variants.stream(1, sink))
-    print(f"  merged straight into the modules   {seconds:6.2f} s  (nothing kept)")
-    seconds, _ = timed(lambda: merge(with_numbers(recipe, {"M": 0.5})))
-    print(f"  merge to disk, whole model         {seconds:6.2f} s")
+    print(f"{family}, fp16, {len(models)} variants of every tensor, on {device}")
+    kept = resident(variants, device, budget)
     first.close()
+    gc.collect()  # the pipeline is gone before the next one comes
+    away = []
+    for number in FULL_NUMBERS[:: len(FULL_NUMBERS) // 2]:
+        merged, _ = timed(lambda m=number: merge(with_numbers(recipe, {"M": m})))
+        loaded, _ = timed(lambda: load_pipeline(recipe.output_path, device=device))
+        gc.collect()
+        away.append(merged + loaded)
+        print(f"  M={number:<5g} merged to disk in {merged:5.2f} s, loaded in {loaded:5.2f} s")
+    disk = statistics.median(away) * len(models)
+    print(f"  all over the disk, {len(models)} times the median: {disk:.1f} s, "
+          f"{disk / kept:.1f} times in memory")  # fmt: skip
     print(f"  peak memory {peak_memory_bytes() / 1e9:.2f} GB")
+
+
+def resident(variants: Variants, device: str, budget: int) -> float:
+    """Every variant in one resident pipeline, nothing drawn; the seconds of all work."""
+    total, swaps = 0.0, []
+    pipeline = None
+    for numbers in variants.groups(budget):
+        seconds, _ = timed(lambda group=numbers: variants.keep(group))
+        total += seconds
+        size = variants.kept_bytes(numbers) / 1e9
+        print(f"  one read, {len(numbers)} variants kept   {seconds:6.2f} s  ({size:.2f} GB)")
+        for number in numbers:
+            model = variants.models[number]
+            if pipeline is None:
+                source = variants.as_checkpoint(number, {})
+                seconds, pipeline = timed(lambda s=source: load_pipeline(s, device=device))
+                variants.holds(number)
+                total += seconds
+                print(f"  the first is loaded          {seconds:6.2f} s")
+                continue
+            sink = ModuleSink(pipeline, model.layout)
+            seconds, written = timed(lambda n=number, s=sink: variants.swap(n, s))
+            total += seconds
+            swaps.append(seconds)
+            print(f"  hot swap, {model.name:10}         {seconds:6.2f} s  ({written / 1e9:.2f} GB)")
+    print(f"  hot swap, median             {statistics.median(swaps):6.2f} s")
+    print(f"  all in memory                {total:6.2f} s")
+    return total
 
 
 def main() -> None:
     """Run what the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--full", type=Path, metavar="FOLDER")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--family", choices=["sd1", "sdxl"], default="sd1")
+    parser.add_argument("--keep-gb", type=float, default=6.5, help="for variants in memory")
+    parser.add_argument("--folder", type=Path, help="where to put the files (default: temporary)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.full:
-        full(options.full, options.device)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        tiny(Path(folder), options.device)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.full:
+            full(Path(folder), options.family, options.device, int(options.keep_gb * 1e9))
+        else:
+            torch.set_num_threads(1)
+            tiny(Path(folder), options.device)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ settings.register_profile("ckptools", derandomize=True, deadline=None, database=
 settings.load_profile("ckptools")
 
 # The only reasons for which a test may be skipped where CI runs everything it can.
-MAY_SKIP = ("no CUDA device", "root may ", "needs root to mount")
+MAY_SKIP = ("no CUDA device", "no huge pages", "root may ", "needs root to mount")
 _skipped: list[str] = []
 
 

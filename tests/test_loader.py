@@ -94,9 +94,15 @@ def test_every_tensor_is_as_diffusers_loads_it(
         (folder / name).symlink_to(model.config / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = getattr(diffusers, kind).from_single_file(
-            str(model.path), config=str(folder), local_files_only=True, torch_dtype=torch.float32
-        )
+        try:
+            theirs = getattr(diffusers, kind).from_single_file(
+                str(model.path), config=str(folder), local_files_only=True,
+                torch_dtype=torch.float32,
+            )  # fmt: skip
+        except AttributeError as exc:  # diffusers 0.38 with transformers 5.23
+            if "object has no attribute 'text_model'" not in str(exc):
+                raise
+            pytest.skip(f"this diffusers cannot fill this transformers' modules: {exc}")
 
     for name, module in ours.modules.items():
         assert_equal(module.state_dict(), getattr(theirs, name).state_dict())
@@ -374,6 +380,43 @@ def test_what_nothing_tells_one_step_of_the_unet_does(make: Make) -> None:
 
     assert pipeline.told_by == "probe"
     assert pipeline.prediction == "v"  # a random network predicts no noise
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="no huge pages to ask for")
+def test_weights_lie_in_memory_that_may_have_huge_pages(make: Make) -> None:
+    """Without, first touching a full-size model's memory takes most of the time of loading it."""
+    pipeline = load(make("sd1"))
+    advised = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(word, 16) for word in first.split("-"))
+        elif first == "VmFlags:" and "hg" in line.split():
+            advised.append(range(begin, end))
+
+    places = {name: tensor.data_ptr() for name, tensor in state(pipeline).items()}
+    assert [n for n, place in places.items() if not any(place in span for span in advised)] == []
+
+
+def test_every_weight_is_aligned_and_has_a_storage_of_its_own(make: Make) -> None:
+    tensors = state(load(make("sdxl")))
+
+    assert [name for name, tensor in tensors.items() if tensor.data_ptr() % 64] == []
+    assert [
+        name
+        for name, tensor in tensors.items()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
+    ] == []
+
+
+def test_a_device_that_holds_nothing_is_given_every_weight(make: Make) -> None:
+    """As benchmarks time it: the host's part in loading for another device."""
+    pipeline = load(make("sd1"), device="meta")
+
+    assert all(tensor.is_meta for tensor in state(pipeline).values())
 
 
 def test_predictions_that_cannot_be_drawn_are_refused() -> None:

@@ -11,8 +11,6 @@ import torch
 from hypothesis import settings
 from models import shrunk, write_model
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts with "&"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("ckptools", derandomize=True, deadline=None, database=None)
 settings.load_profile("ckptools")
@@ -20,6 +18,14 @@ settings.load_profile("ckptools")
 # The only reasons for which a test may be skipped where CI runs everything it can.
 MAY_SKIP = ("no CUDA device", "no huge pages", "root may ", "needs root to mount")
 _skipped: list[str] = []
+
+
+def pytest_runtest_setup() -> None:
+    """Ctrl-C is Python's own, whatever started the tests, and whatever a library left behind.
+
+    A shell that starts something with "&" makes it ignore SIGINT, and so all that it starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from documents import write_between
 from fullsize import write_lora, write_model
 from memory_use import peak_megabytes
 
@@ -300,10 +301,7 @@ def main() -> None:
     text = "\n\n".join(parts)
     print(text)
     if options.write:
-        document = options.write.read_text(encoding="utf-8")
-        before, rest = document.split(BEGIN)
-        after = rest.split(END)[1]
-        options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        write_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from documents import write_between
 from fullsize import write_model
 
 BEGIN, END = "<!-- loading:begin -->", "<!-- loading:end -->"
@@ -270,10 +271,7 @@ def main() -> None:
     text = "\n\n".join(parts)
     print(text)
     if options.write:
-        document = options.write.read_text(encoding="utf-8")
-        before, rest = document.split(BEGIN)
-        after = rest.split(END)[1]
-        options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        write_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

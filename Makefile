@@ -51,7 +51,7 @@ clean:
 	rm -rf .venv out demo
 
 # Pinned versions are installed first, so that a newer torch never comes in with its gigabytes.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml constraints.txt hatch_build.py ckptools/kernels.c
 	@echo "Setting up .venv: torch, diffusers and what they need, 1.3 GB, once; some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[render]"

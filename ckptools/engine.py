@@ -9,34 +9,21 @@ Must not know recipes, families or where sources came from.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ckptools.codec import count_nonfinite
-from ckptools.crew import CAN_FORK, in_order
 from ckptools.errors import NonFiniteError
-from ckptools.plain import PlainEvaluator
-from ckptools.program import (
-    PLAIN_BYTES,
-    Compute,
-    Copy,
-    PositionIds,
-    Program,
-    Read,
-    Widen,
-    is_plain,
-    reads_of,
-)
+from ckptools.plain import PlainEvaluator, is_plain, needs_torch
+from ckptools.program import Compute, Copy, PositionIds, Program, Read, Widen, reads_of
 from ckptools.tensors import DTYPES, TensorSpec
-from ckptools.writer import PAGE_BYTES, PartFile
+from ckptools.writer import PAGE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +35,7 @@ if TYPE_CHECKING:
 # Spans of 2 MB keep what one read brings in within the third-level cache.
 SPAN_BYTES = 1 << 21
 BUFFERS_PER_WORKER = 4
-ALONE_BYTES = 1 << 25  # less than this is done sooner than processes are started
+ALONE_BYTES = 1 << 23  # less than this is done sooner than threads have shared it out
 
 
 class Source(Protocol):
@@ -98,13 +85,11 @@ class Outcome:
     sha256        of the data section, in file order
     nonfinite     tensor -> count of NaN and Inf values that were accepted
     repaired      tensors whose position ids were wrong and are right now
-    worker_bytes  memory of processes that worked for this one, what they share with it left out
     """
 
     sha256: str = ""
     nonfinite: dict[str, int] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
-    worker_bytes: int = 0
 
 
 # --- units: what a worker does at a time -------------------------------------------------------
@@ -232,27 +217,17 @@ class Scratch:
 
 
 class Engine:
-    """Makes the bytes of tasks; one per run, shared by its workers.
-
-    plain  run what can be run without torch so; the bytes are the same
-    """
+    """Makes the bytes of tasks; one per run, shared by its workers."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        labels: Sequence[str],
-        settings: Settings,
-        *,
-        plain: bool = False,
+        self, sources: Sequence[Source], labels: Sequence[str], settings: Settings
     ) -> None:
         self._sources, self._labels, self._settings = sources, labels, settings
-        self._plain = plain
         self._evaluation: Evaluation | None = None
         self._whole = threading.Lock()
         self._found = threading.Lock()
         self.nonfinite: dict[str, int] = {}
         self.repaired: list[str] = []
-        self.worker_bytes = 0
 
     def fill(self, piece: Piece, out: NDArray[np.uint8], scratch: Scratch) -> None:
         """Make the bytes of one piece in `out`; raises `NonFiniteError` for NaN and Inf."""
@@ -262,11 +237,10 @@ class Engine:
                 self._read(read, piece.begin, out.data)
             case PositionIds():
                 self._fill_ids(piece, program, out)
-            case Compute(whole=False) if self._is_plain(piece.task):
+            case Compute(whole=False) if is_plain(program, spec.dtype):
                 inputs = self._inputs(piece, program, scratch)
                 if scratch.plain.fill(program, inputs, spec.dtype, out):
                     return
-                raise self._nonfinite_error(piece.task, count_nonfinite(out, spec.dtype))
             case Compute(whole=False):
                 inputs = self._inputs(piece, program, scratch)
                 with self._blaming(piece.task):
@@ -321,9 +295,6 @@ class Engine:
             self._read(read, piece.begin, inputs[-1].data)
         return inputs
 
-    def _is_plain(self, task: Task) -> bool:
-        return self._plain and _is_plain(task, self._settings)
-
     @contextmanager
     def _blaming(self, task: Task) -> Iterator[None]:
         """Say who is to blame for a NaN that a method would have swallowed."""
@@ -343,21 +314,8 @@ class Engine:
             return
         if not self._settings.allow_nonfinite:
             raise self._nonfinite_error(piece.task, count)
-        self.note({spec.name: count}, ())
-
-    def told(self) -> tuple[dict[str, int], list[str]]:
-        """What was found since this was last asked, for another process to `note`."""
         with self._found:
-            found = self.nonfinite, self.repaired
-            self.nonfinite, self.repaired = {}, []
-        return found
-
-    def note(self, nonfinite: Mapping[str, int], repaired: Sequence[str]) -> None:
-        """Add what was found elsewhere."""
-        with self._found:
-            for name, count in nonfinite.items():
-                self.nonfinite[name] = self.nonfinite.get(name, 0) + count
-            self.repaired += repaired
+            self.nonfinite[spec.name] = self.nonfinite.get(spec.name, 0) + count
 
     def _nonfinite_error(self, task: Task, count: int) -> NonFiniteError:
         """Who is to blame: an input that holds NaN or Inf, or a result too large for its dtype."""
@@ -390,22 +348,6 @@ class Engine:
             self._sources[read.source].read_into(read.name, data.data, offset)
             count += count_nonfinite(data, read.spec.dtype)
         return count
-
-
-class _SharedRing:
-    """Output buffers that forks of this process fill and this process reads."""
-
-    _SLOT_BYTES = SPAN_BYTES + 2 * PAGE_BYTES
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self._bytes = np.frombuffer(mmap.mmap(-1, slots * self._SLOT_BYTES), np.uint8)
-
-    def view(self, slot: int, unit: Unit) -> NDArray[np.uint8]:
-        """A slot's bytes for a unit, as far into a page as they are in the file."""
-        whole = self._bytes[slot * self._SLOT_BYTES : (slot + 1) * self._SLOT_BYTES]
-        start = (unit.start - whole.ctypes.data) % PAGE_BYTES
-        return whole[start : start + unit.nbytes]
 
 
 class _Ring:
@@ -496,28 +438,19 @@ def run(
     hashers   further hashlib objects to feed with the data, in order
     Raises the first error in file order; the sink then holds an unfinished file.
     """
-    total = sum(task.spec.nbytes for task in tasks)
-    plain = all(_is_plain(task, settings) for task in tasks)
-    alone = plain and total <= ALONE_BYTES
-    forked = plain and total < PLAIN_BYTES and CAN_FORK and isinstance(sink, PartFile)
-    engine = Engine(sources, labels, settings, plain=alone or forked)
-    units = cut_units(tasks)
-    if alone:
+    engine, units = Engine(sources, labels, settings), cut_units(tasks)
+    with_torch = needs_torch((task.program, task.spec.dtype) for task in tasks)
+    if not with_torch and sum(task.spec.nbytes for task in tasks) <= ALONE_BYTES:
         stream = _alone(engine, units, sink)
-    elif forked:
-        stream = _by_processes(engine, list(units), sink, settings.threads)
     else:
         stream = _by_threads(engine, units, sink, settings.threads)
-    needs_torch = not (alone or forked) and any(map(_computes, tasks))
     digest = hashlib.sha256()
-    with closing(stream), _single_threaded() if needs_torch else nullcontext():
+    with closing(stream), _single_threaded() if with_torch else nullcontext():
         for data in stream:
             for hasher in (digest, *hashers):
                 hasher.update(data.data)
             progress(data.size)
-    return Outcome(
-        digest.hexdigest(), engine.nonfinite, sorted(engine.repaired), engine.worker_bytes
-    )
+    return Outcome(digest.hexdigest(), engine.nonfinite, sorted(engine.repaired))
 
 
 def _alone(engine: Engine, units: Iterable[Unit], sink: Sink) -> Finished:
@@ -530,40 +463,8 @@ def _alone(engine: Engine, units: Iterable[Unit], sink: Sink) -> Finished:
         yield data
 
 
-def _by_processes(engine: Engine, units: Sequence[Unit], sink: Sink, workers: int) -> Finished:
-    """As `_alone`, made in processes that share a ring of buffers with this one."""
-    ring = _SharedRing(workers * BUFFERS_PER_WORKER)
-    scratch = Scratch()
-
-    def make(item: int, slot: int) -> tuple[int, dict[str, int], list[str]]:
-        unit = units[item]
-        data = ring.view(slot, unit)
-        engine.make(unit, data, scratch)
-        sink.write(data.data, unit.start)
-        return slot, *engine.told()
-
-    def weigh(numbers: list[int]) -> None:
-        engine.worker_bytes = sum(map(_private_bytes, numbers))
-
-    results = in_order(make, len(units), workers=workers, slots=ring.slots, last_look=weigh)
-    with closing(results):
-        for unit, (slot, nonfinite, repaired) in zip(units, results, strict=True):
-            engine.note(nonfinite, repaired)
-            yield ring.view(slot, unit)
-
-
-def _private_bytes(process: int) -> int:
-    """Memory of a process that it shares with no other; 0 where the system does not tell."""
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    lines = [line.split() for line in text.splitlines() if line.startswith("Private_")]
-    return sum(int(words[1]) * 1024 for words in lines)
-
-
 def _by_threads(engine: Engine, units: Iterator[Unit], sink: Sink, threads: int) -> Finished:
-    """As `_alone`, made in threads: torch lets go of Python where it computes."""
+    """As `_alone`, made in threads: what computes, reads and writes lets go of Python meanwhile."""
     ring = _Ring(units, threads * BUFFERS_PER_WORKER)
     workers = [
         threading.Thread(target=_work, args=(engine, ring, sink), daemon=True)
@@ -605,25 +506,13 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
         ring.fail(number, exc)
 
 
-def _is_plain(task: Task, settings: Settings) -> bool:
-    """Whether a task can be done without torch, which counts NaN and Inf where they may be."""
-    if not _computes(task):
-        return True
-    return not settings.allow_nonfinite and is_plain(task.program, task.spec.dtype)
-
-
-def _computes(task: Task) -> bool:
-    """Whether there is arithmetic in a task at all."""
-    return not isinstance(task.program, Copy | PositionIds)
-
-
 def recompute(
     task: Task, *, sources: Sequence[Source], labels: Sequence[str], settings: Settings
 ) -> Iterator[tuple[int, memoryview]]:
     """One task's bytes made again: (offset in the file, bytes), valid until the next step."""
-    engine = Engine(sources, labels, settings, plain=True)
+    engine = Engine(sources, labels, settings)
     scratch, buffer = Scratch(), Buffer()
-    with nullcontext() if _is_plain(task, settings) else _single_threaded():
+    with nullcontext() if is_plain(task.program, task.spec.dtype) else _single_threaded():
         for unit in cut_units([task]):
             data = buffer.view(unit.nbytes)
             engine.fill(unit.pieces[0], data, scratch)

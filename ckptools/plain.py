@@ -1,4 +1,4 @@
-"""Linear formulas over floats in numpy: what most merges are, without loading torch.
+"""Linear formulas over floats by the compiled kernels: what most merges are, without loading torch.
 
 Bit for bit what `evaluation` computes: the same operations in the same precision and order, each
 rounded once. Knows programs, no files.
@@ -6,117 +6,89 @@ rounded once. Knows programs, no files.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ckptools.codec import F16_SCALE, Encoder, aligned, decode, has_nonfinite_f16
-from ckptools.program import Compute, Mix
-from ckptools.tensors import DTYPES
+from ckptools.native import ADD, KERNELS, LOAD, SCALE, SUBTRACT, Formula, Kernels, Step
+from ckptools.program import Compute, Copy, Mix, PositionIds, Program, applied_in, baked_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
     from numpy.typing import NDArray
 
-BLOCK = 1 << 18  # elements at a time: fewer, and the calls cost more than what caches save
+_STORED = frozenset({"F16", "BF16", "F32", "F64"})
 
-_FOLDED = 2.0**15  # coefficients up to this can be multiplied with `F16_SCALE`
+
+def is_plain(program: Program, dtype: str) -> bool:
+    """Whether a program that makes a tensor of this dtype is run without torch."""
+    match program:
+        case Copy() | PositionIds():
+            return True
+        case Compute(whole=False, deltas=(), mix=mix, reads=reads):
+            return (
+                KERNELS is not None
+                and dtype in _STORED
+                and all(read.spec.is_float for read in reads)
+                and not any(True for _ in (*applied_in(mix), *baked_in(mix)))
+            )
+    return False
+
+
+def needs_torch(programs: Iterable[tuple[Program, str]]) -> bool:
+    """Whether any of the programs, each with the dtype that it makes, is not plain."""
+    return not all(is_plain(program, dtype) for program, dtype in programs)
 
 
 class PlainEvaluator:
-    """Runs programs that `is_plain` accepts; one for each thread, as it keeps its memory."""
+    """Runs programs that are plain and compute something; one for each thread."""
 
     def __init__(self) -> None:
-        self._encoder = Encoder()
-        self._blocks: dict[tuple[int, str], NDArray[Any]] = {}
+        self._memory: dict[int, NDArray[np.uint8]] = {}
 
     def fill(
-        self, program: Compute, inputs: Sequence[NDArray[np.uint8]], dtype: str, out: NDArray[Any]
+        self,
+        program: Compute,
+        inputs: Sequence[NDArray[np.uint8]],
+        dtype: str,
+        out: NDArray[np.uint8],
     ) -> bool:
-        """Make equally many elements of every input into bytes of the output's dtype.
+        """Make equally many elements of every input into bytes of `dtype`; whether all are finite.
 
         inputs  the bytes of the program's reads, in its order
-        out     uint8
-        Whether all inputs and results are finite; where not, what is in `out` is worth nothing.
+        A NaN or Inf of an input is one of the result, too.
         """
-        widths = [DTYPES[read.spec.dtype].bits // 8 for read in program.reads]
-        width = DTYPES[dtype].bits // 8
-        finite = True
-        for low in range(0, out.size // width, BLOCK):
-            high = min(low + BLOCK, out.size // width)
-            block = _Block(
-                [data[low * w : high * w] for data, w in zip(inputs, widths, strict=True)],
-                [read.spec.dtype for read in program.reads],
-                "f4" if program.precision == "F32" else "f8",
-            )
-            finite &= not any(map(has_nonfinite_f16, block.halves))
-            values = self._mix(program.mix, block, 0)
-            finite &= self._encoder.encode(values, dtype, out[low * width : high * width])
-        return finite
+        kernels, formula = _kernels(), _formula(program)
+        memory = self._memory.get(formula.depth)
+        if memory is None:
+            memory = self._memory[formula.depth] = kernels.memory(formula.depth)
+        return kernels.mix(formula, inputs, dtype, out, memory)
 
-    @np.errstate(over="ignore", under="ignore", invalid="ignore")
-    def _mix(self, mix: Mix, block: _Block, depth: int) -> NDArray[Any]:
-        """The sum of a mix's terms; alone and with factor 1, a read may be a view of its bytes."""
-        (first, node), *rest = mix.terms
-        total = self._term(first, node, block, depth, owned=bool(rest))
-        for factor, node in rest:
-            size = abs(factor) if factor in (1.0, -1.0) else factor
-            term = self._term(size, node, block, depth + 1, owned=False)
-            if factor == -1.0:
-                np.subtract(total, term, out=total)
-            else:
-                np.add(total, term, out=total)
-        return total
 
-    def _term(
-        self, factor: float, node: Any, block: _Block, depth: int, *, owned: bool
-    ) -> NDArray[Any]:
-        """A node times a factor; `owned`: in memory of ours, so that it may be added to."""
+def _kernels() -> Kernels:
+    if KERNELS is None:
+        raise RuntimeError("without kernels nothing that computes is plain")
+    return KERNELS
+
+
+@lru_cache(maxsize=256)
+def _formula(program: Compute) -> Formula:
+    dtypes = [read.spec.dtype for read in program.reads]
+    return Formula([*_steps(program.mix, 0)], dtypes, doubles=program.precision == "F64")
+
+
+def _steps(mix: Mix, depth: int) -> Iterator[Step]:
+    """What leaves a mix's value in the buffer at `depth`, in the order that `evaluation` keeps."""
+    for position, (factor, node) in enumerate(mix.terms):
+        at = depth if position == 0 else depth + 1
         if isinstance(node, Mix):
-            values = self._mix(node, block, depth)
+            yield from _steps(node, at)
+        elif isinstance(node, int):
+            yield Step(LOAD, at, read=node)
         else:
-            values, factor = self._read(node, factor, block, depth)
-        target = self._memory(depth, block.kind, block.length)
-        if factor != 1.0:
-            np.multiply(values, values.dtype.type(factor), out=target)
-            return target
-        if owned and values.base is not target.base:
-            np.copyto(target, values)
-            return target
-        return values
-
-    def _read(
-        self, number: int, factor: float, block: _Block, depth: int
-    ) -> tuple[NDArray[Any], float]:
-        """A read's values, and what of the factor they have not been multiplied with."""
-        data, dtype = block.data[number], block.dtypes[number]
-        target = self._memory(depth, block.kind, block.length)
-        if block.kind == "f4" and dtype != "F64":
-            if dtype == "F16" and abs(factor) < _FOLDED:
-                return decode(data, dtype, target, np.float32(factor) * F16_SCALE), 1.0
-            return decode(data, dtype, target), factor
-        if dtype == "F64" or block.kind == "f4":
-            return decode(data, dtype, target), factor
-        narrow = decode(data, dtype, self._memory(-1, "f4", block.length))
-        np.copyto(target, narrow)
-        return target, factor
-
-    def _memory(self, depth: int, kind: str, length: int) -> NDArray[Any]:
-        found = self._blocks.get((depth, kind))
-        if found is None:
-            found = self._blocks[depth, kind] = aligned(BLOCK, kind)
-        return found[:length]
-
-
-class _Block:
-    """The bytes of some elements of every read; fp16's are looked at before they are decoded."""
-
-    def __init__(self, data: Sequence[NDArray[np.uint8]], dtypes: Sequence[str], kind: str) -> None:
-        self.data, self.dtypes, self.kind = data, dtypes, kind
-        self.length = data[0].size * 8 // DTYPES[dtypes[0]].bits
-
-    @property
-    def halves(self) -> list[NDArray[np.uint8]]:
-        """The reads that are fp16, whose NaN and Inf `decode` turns into numbers."""
-        return [x for x, dtype in zip(self.data, self.dtypes, strict=True) if dtype == "F16"]
+            raise TypeError("methods and adapters are not plain")
+        is_subtracted = position > 0 and factor == -1.0
+        if factor != 1.0 and not is_subtracted:
+            yield Step(SCALE, at, factor=factor)
+        if position > 0:
+            yield Step(SUBTRACT if is_subtracted else ADD, depth)

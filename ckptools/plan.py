@@ -26,7 +26,6 @@ from ckptools.baking import (
 )
 from ckptools.checkpoint import Checkpoint, json_beside
 from ckptools.copies import as_copy, usual_names
-from ckptools.crew import CAN_FORK
 from ckptools.errors import (
     CkptError,
     InputError,
@@ -56,6 +55,7 @@ from ckptools.lora.group import PEFT_CONFIG, AdapterFile, group, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
 from ckptools.methods import load_methods
+from ckptools.plain import needs_torch
 from ckptools.program import (
     MAX_F32_TERMS,
     Change,
@@ -71,7 +71,6 @@ from ckptools.program import (
     baked_in,
     compile_mix,
     reads_of,
-    runs_plain,
 )
 from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
@@ -208,13 +207,11 @@ class Plan:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """Predicted peak of the memory, of all processes."""
-        programs = ((step.program, step.spec.dtype) for step in self.steps)
-        plain = CAN_FORK and not self.recipe.allow_nonfinite
-        plain = plain and runs_plain(programs, self.output_bytes)
+        """Predicted peak of the process's memory."""
+        with_torch = needs_torch((step.program, step.spec.dtype) for step in self.steps)
         worker = WORKER_BYTES + max(map(_worker_bytes, self.steps), default=0)
         whole = max(map(_whole_bytes, self.steps), default=0)
-        process = PLAIN_PROCESS_BYTES if plain else PROCESS_BYTES
+        process = PROCESS_BYTES if with_torch else PLAIN_PROCESS_BYTES
         return process + self.threads * worker + whole
 
     @property

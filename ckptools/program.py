@@ -6,7 +6,7 @@ Pure data: made by `plan`, run by `engine`. No torch, no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,10 +16,6 @@ from ckptools.lora.match import Placed
 from ckptools.tensors import TensorSpec
 
 Precision = Literal["F32", "F64"]
-
-# What can be stored without torch, and from where on its faster conversions make up for its start.
-PLAIN_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
-PLAIN_BYTES = 3_000_000_000
 
 # Beyond this many terms the roundings of fp32 sums come near those of fp16 results.
 MAX_F32_TERMS = 4
@@ -249,25 +245,3 @@ def _nodes(mix: Mix) -> Iterator[Node]:
                     yield from _nodes(model)
             case Bake(model=model):
                 yield from _nodes(model)
-
-
-def runs_plain(programs: Iterable[tuple[Program, str]], nbytes: int) -> bool:
-    """Whether a merge of so many bytes is to be made without torch.
-
-    programs  with the dtypes of the tensors that they make
-    """
-    return nbytes < PLAIN_BYTES and all(is_plain(program, dtype) for program, dtype in programs)
-
-
-def is_plain(program: Program, dtype: str) -> bool:
-    """Whether a program that makes a tensor of this dtype can be run without torch."""
-    match program:
-        case Copy() | PositionIds():
-            return True
-        case Compute(whole=False, deltas=(), mix=mix, reads=reads):
-            return (
-                dtype in PLAIN_DTYPES
-                and all(read.spec.is_float for read in reads)
-                and not any(True for _ in (*applied_in(mix), *baked_in(mix)))
-            )
-    return False

@@ -310,7 +310,7 @@ def _write(
         manifest=manifest,
         sha256_data=streamed.sha256,
         seconds=time.perf_counter() - started,
-        peak_bytes=peak_memory_bytes() + streamed.worker_bytes,
+        peak_bytes=peak_memory_bytes(),
         finite=not streamed.nonfinite,
         recomputed=recomputed,
         file_bytes=sum(layout.file_bytes for layout in layouts),
@@ -338,7 +338,6 @@ class _Streamed:
     sha256s: tuple[str, ...]
     nonfinite: Mapping[str, int]
     notes: tuple[str, ...]
-    worker_bytes: int
 
 
 def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Progress) -> _Streamed:
@@ -348,7 +347,6 @@ def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Prog
     sha256s: list[str] = []
     nonfinite: dict[str, int] = {}
     notes: list[str] = []
-    worker_bytes = 0
     for part in parts:
         outcome = run(
             tasks_of(plan.steps, part.layout),
@@ -361,11 +359,10 @@ def _stream(plan: Plan, parts: Sequence[PartFile], settings: Any, progress: Prog
         )
         sha256s.append(outcome.sha256)
         nonfinite |= outcome.nonfinite
-        worker_bytes = max(worker_bytes, outcome.worker_bytes)
         notes += [f"{name}: wrong position ids were repaired" for name in outcome.repaired]
     notes += [f"{name}: {count:,} NaN or Inf values" for name, count in sorted(nonfinite.items())]
     sha256 = total.hexdigest() if len(parts) > 1 else sha256s[0]
-    return _Streamed(sha256, tuple(sha256s), nonfinite, tuple(notes), worker_bytes)
+    return _Streamed(sha256, tuple(sha256s), nonfinite, tuple(notes))
 
 
 def tasks_of(steps: Sequence[Step], layout: Layout) -> list[Any]:

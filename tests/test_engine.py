@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels import portable_kernels
 from memory import (
     MemorySink,
     Merged,
@@ -33,18 +36,16 @@ import ckptools.engine
 import ckptools.evaluation
 import ckptools.plain
 from ckptools.codec import count_nonfinite
-from ckptools.crew import CAN_FORK
 from ckptools.engine import Settings, cut_units, run
 from ckptools.errors import NonFiniteError
 from ckptools.methods import load_methods
+from ckptools.native import KERNELS
 from ckptools.program import Copy, PositionIds, Program, Read, Widen
 from ckptools.tensors import DTYPES, TensorSpec
-from ckptools.writer import Layout, PartFile
 
 TORCH = {name: getattr(torch, row.torch_name) for name, row in DTYPES.items() if row.torch_name}
 FLOATS = [name for name, row in DTYPES.items() if row.is_float]
 STORED = ["F16", "BF16", "F32"]
-needs_fork = pytest.mark.skipif(not CAN_FORK, reason="only Linux forks safely")
 
 
 def noise(shape: int | tuple[int, ...], seed: int, dtype: str = "F16", size: float = 1) -> Tensor:
@@ -355,7 +356,6 @@ def test_the_same_bytes_for_any_threads_blocks_and_spans(
             (1 << 13, 1 << 16), (99_991, 1 << 20), (1 << 16, 300_001), (5003, 40_000)
         ]:  # fmt: skip
             monkeypatch.setattr(ckptools.evaluation, "BLOCK", block)
-            monkeypatch.setattr(ckptools.plain, "BLOCK", block)
             monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
             assert merge_tensors(text, models, settings=Settings(threads=3)).data == first.data
 
@@ -792,17 +792,19 @@ def test_an_interrupt_while_the_workers_start_is_an_interrupt(
     assert bytes(sink.data) == written
 
 
-# --- without torch, and in processes -----------------------------------------------------------
+# --- without torch ------------------------------------------------------------------------------
 
 
-def other_ways(
-    monkeypatch: pytest.MonkeyPatch, work: Callable[[], Merged]
-) -> tuple[Merged, Merged]:
-    """What comes out without torch, and with it."""
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", 1 << 40)
-    alone = work()
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
-    return alone, work()
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="built without a C compiler")
+
+
+def every_way(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Merged]) -> list[Merged]:
+    """What comes out of the kernels, of the portable ones, and of torch."""
+    merged = []
+    for kernels in (KERNELS, portable_kernels(), None):
+        monkeypatch.setattr(ckptools.plain, "KERNELS", kernels)
+        merged.append(work())
+    return merged
 
 
 PLAIN = [
@@ -812,6 +814,7 @@ PLAIN = [
 ]  # fmt: skip
 
 
+@needs_kernels
 @pytest.mark.parametrize("text", PLAIN)
 @pytest.mark.parametrize("out", ["F16", "BF16", "F32", "F64"])
 @pytest.mark.parametrize("stored", ["F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "mixed"])
@@ -828,12 +831,46 @@ def test_without_torch_the_bytes_are_the_same(
         values[1::7] = -0.0
         models[name] = {"w": values.to(TORCH[next(mixed) if stored == "mixed" else stored])}
 
-    alone, threads = other_ways(monkeypatch, lambda: merge_tensors(text, models, dtype=out))
+    kernels, portable, by_torch = every_way(
+        monkeypatch, lambda: merge_tensors(text, models, dtype=out)
+    )
 
-    assert alone.data == threads.data
-    assert len(set(alone.data)) > 20
+    assert kernels.data == by_torch.data
+    assert portable.data == by_torch.data
+    assert len(set(by_torch.data)) > 20
 
 
+@needs_kernels
+def test_kernels_do_not_load_torch(tmp_path: Path) -> None:
+    """Unless something else in the file needs it."""
+    script = (
+        "import sys, numpy as np\n"
+        "from ckptools.engine import Settings, Task, run\n"
+        "from ckptools.program import Compute, Copy, Mix, Read\n"
+        "from ckptools.tensors import TensorSpec\n"
+        "data = np.linspace(-1, 1, 5_000_000, dtype=np.float16).view(np.uint8)\n"
+        "class Memory:\n"
+        "    def read_into(self, name, view, offset=0):\n"
+        "        view[:] = data[offset:offset + len(view)]\n"
+        "    def write(self, view, offset): pass\n"
+        "out, spec = sys.argv[1], TensorSpec('w', 'F16', (5_000_000,))\n"
+        "program = Compute(Mix(((0.5, 0),)), (Read(0, 'w', spec),), 'F32')\n"
+        "task = Task(TensorSpec('w', out, (5_000_000,)), program, 0)\n"
+        "run([task], sources=[Memory()], labels=['A'], sink=Memory(), settings=Settings(2))\n"
+        "print('torch' in sys.modules)\n"
+    )
+
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script, out], check=True, capture_output=True, text=True
+        ).stdout
+        for out in ("BF16", "F8_E5M2")
+    ]
+
+    assert said == ["False\n", "True\n"]
+
+
+@needs_kernels
 @pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_without_torch_the_same_one_is_to_blame(
@@ -842,104 +879,53 @@ def test_without_torch_the_same_one_is_to_blame(
     models = {name: {"w": noise((3000,), seed, stored)} for seed, name in enumerate("AB")}
     models["B"]["w"][2999] = value
     said = []
-    for alone in (1 << 40, -1):
-        monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", alone)
+
+    def merge() -> None:
         with pytest.raises(NonFiniteError) as caught:
             merge_tensors("A * 0.5 + B * 0.5", models)
         said.append(str(caught.value))
 
-    assert said[0] == said[1]
+    every_way(monkeypatch, merge)
+
+    assert said == said[:1] * 3
     assert "B has 1 NaN or Inf of 3,000 values" in said[0]
 
 
 @pytest.mark.parametrize("out", ["F16", "BF16"])
-def test_without_torch_a_result_that_is_too_large_is_counted(
-    out: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = {"A": {"w": torch.tensor([1.0, -60000.0, 65519.0, 65521.0] * 9)}}
+def test_a_result_that_is_too_large_is_counted(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"A": {"w": torch.tensor([1.0, -60000.0, 65519.0, 65521.0] * 999)}}
     text = "A * 1" if out == "F16" else "A * 1e34"
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", 1 << 40)
+    count = r"999 values .* F16" if out == "F16" else "2,997 values"
 
-    with pytest.raises(NonFiniteError, match=r"9 values .* F16" if out == "F16" else "27 values"):
-        merge_tensors(text, models, dtype=out)
+    def merge() -> None:
+        with pytest.raises(NonFiniteError, match=count):
+            merge_tensors(text, models, dtype=out)
 
-
-@pytest.fixture
-def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], PartFile]:
-    """Makes parts of a file of so many data bytes; processes work for any amount."""
-    monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 1 << 16)
-
-    def make(nbytes: int) -> PartFile:
-        return PartFile(Layout(tmp_path / "x", (), {}, b"", nbytes))
-
-    return make
+    every_way(monkeypatch, merge)
 
 
-@needs_fork
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_processes_write_the_same_bytes(
-    threads: int, part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
+@needs_kernels
+@pytest.mark.parametrize("out", ["F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32", "F64", "F8_E5M2"])
+def test_without_torch_nan_and_inf_stay_what_they_are(
+    stored: str, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = {name: small_model(seed) for seed, name in enumerate("ABC")}
-    for tensors in models.values():
-        del tensors["fp8"]  # written by torch alone
-    first = merge_tensors("A + (B - C) * 0.7", models)
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
-    done = []
+    """Where they are allowed: the same numbers, counted the same."""
+    values = noise((3001,), 1, stored)
+    values[::3], values[1::300], values[2::300] = math.nan, math.inf, -math.inf
+    models = {"A": {"w": values}, "B": {"w": noise((3001,), 2, stored)}}
+    settings = Settings(2, allow_nonfinite=True)
 
-    with part(len(first.data)) as sink:
-        again = merge_tensors(
-            "A + (B - C) * 0.7", models, sink=sink, settings=Settings(threads),
-            progress=done.append,
-        )  # fmt: skip
-        sink.commit()
+    *kernels, by_torch = every_way(
+        monkeypatch,
+        lambda: merge_tensors("A * 0.3 + B * 0.7", models, dtype=out, settings=settings),
+    )
 
-    assert sink.layout.path.read_bytes() == first.data
-    assert again.outcome.sha256 == first.outcome.sha256
-    assert again.outcome.worker_bytes > 1_000_000 * threads
-    assert sum(done) == len(first.data)
-
-
-@needs_fork
-def test_processes_tell_what_they_found(
-    part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
-    ids = torch.arange(77).reshape(1, 77) + 1
-    bad = noise((9,), 1)
-    bad[3] = math.nan
-    specs = [spec_of("x.position_ids", ids), spec_of("w", bad)]
-    programs: dict[TensorSpec, Program] = {
-        specs[0]: PositionIds(Read(0, "x.position_ids", specs[0])),
-        specs[1]: Copy(Read(0, "w", specs[1])),
-    }
-    models = {"A": {"x.position_ids": ids, "w": bad}}
-
-    with part(77 * 8 + 18) as sink:
-        told = run_programs(
-            programs, models, sink=sink, settings=Settings(2, allow_nonfinite=True)
-        ).outcome
-        with pytest.raises(NonFiniteError, match="A has 1 NaN or Inf of 9 values") as caught:
-            run_programs(programs, models, sink=sink)
-
-    assert (told.repaired, told.nonfinite) == (["x.position_ids"], {"w": 1})
-    assert caught.value.where == "w"
-
-
-@needs_fork
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken])
-def test_processes_end_with_an_interrupted_run(
-    error: type, part: Callable[[int], PartFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
-
-    def progress(nbytes: int) -> None:
-        raise error
-
-    with part(2 * 256 * 512 * 12) as sink, pytest.raises(error):
-        merge_tensors(HALF, two_models(), sink=sink, progress=progress)
-
-    assert not Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+    assert by_torch.outcome.nonfinite == {"w": 1001 + 10 + 10}
+    for merged in kernels:
+        assert merged.outcome.nonfinite == by_torch.outcome.nonfinite
+        found, wanted = merged.tensors["w"].double(), by_torch.tensors["w"].double()
+        np.testing.assert_array_equal(found.numpy(), wanted.numpy())  # NaN equals NaN here
 
 
 def test_nothing_to_do_is_done_at_once() -> None:
@@ -962,8 +948,8 @@ def test_torch_gets_its_threads_back() -> None:
 
 
 def test_torch_shares_no_block_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a linear merge is so large that torch does it."""
-    monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
+    """Also where a linear merge is torch's, for want of kernels."""
+    monkeypatch.setattr(ckptools.plain, "KERNELS", None)
     seen = set()
     fill = ckptools.evaluation.Evaluation.fill
 

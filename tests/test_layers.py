@@ -23,6 +23,7 @@ LAYERS = (
         "interrupts",
         "crew",
         "codec",
+        "native",
         "filetypes",
         "progress",
     },

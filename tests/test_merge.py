@@ -237,7 +237,6 @@ def test_threads_and_block_sizes_do_not_show_in_the_file(
     monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
     for threads in (1, 4):
         assert merge(loaded, threads=threads, force=True).output.read_bytes() == first
-    monkeypatch.setattr(ckptools.plain, "BLOCK", 4999)
     monkeypatch.setattr(ckptools.evaluation, "BLOCK", 4999)
     monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 54_321)
     assert merge(loaded, threads=3, force=True).output.read_bytes() == first

@@ -1,0 +1,319 @@
+/* Linear formulas over stored floats: decode, multiply, add, round once, look for NaN and Inf.
+
+   The arithmetic of `plain.py`, operation for operation, in one pass over memory. No Python in it:
+   `native.py` calls it through ctypes, which lets other threads run meanwhile. Compiled without
+   contraction (-ffp-contract=off): a fused multiply-add would round differently.
+
+   Source of the roundings: Dekker 1971, "A floating-point technique for extending the available
+   precision", section 5; IEEE 754-2019, section 4.3.1 (to nearest, ties to even). */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+#error "floats are computed in a wider format here: results would be rounded twice"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "safetensors are little-endian"
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define WIDE 1
+#define WIDE_TARGET __attribute__((target("avx2,f16c")))
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define WIDE 0
+#define INLINE static inline
+#endif
+
+#define VERSION 1
+#define BLOCK 2048 /* elements at a time: a few blocks stay in the first cache */
+
+enum dtype { F16, BF16, F32, F64, TABLE };
+enum operation { LOAD, SCALE, ADD, SUBTRACT };
+
+struct read {
+  const uint8_t *data;
+  const float *table; /* the 256 values of an 8-bit float */
+  int64_t dtype;
+};
+
+/* LOAD:     buffer[depth] = read
+   SCALE:    buffer[depth] *= factor
+   ADD:      buffer[depth] += buffer[depth + 1]
+   SUBTRACT: buffer[depth] -= buffer[depth + 1] */
+struct step {
+  int32_t operation, depth, read, unused;
+  double factor;
+};
+
+static const int WIDTH[] = {2, 2, 4, 8, 1};
+
+INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint16_t load16(const uint8_t *data, int64_t index) {
+  uint16_t bits;
+  memcpy(&bits, data + 2 * index, 2);
+  return bits;
+}
+
+/* --- to fp32, exactly but for doubles ---------------------------------------------------------- */
+
+INLINE void decode_f16(const uint8_t *data, float *out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t half = load16(data, i), size = half & 0x7fff;
+    uint32_t bits = bits_of(float_of((half & 0x8000) << 16 | size << 13) * 0x1p112f);
+    out[i] = float_of(size >= 0x7c00 ? bits | 0x7f800000 : bits); /* NaN and Inf */
+  }
+}
+
+INLINE void decode_bf16(const uint8_t *data, float *out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = float_of((uint32_t)load16(data, i) << 16);
+}
+
+INLINE void decode_f64(const uint8_t *data, float *out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    double value;
+    memcpy(&value, data + 8 * i, 8);
+    out[i] = (float)value;
+  }
+}
+
+INLINE void decode_table(const uint8_t *data, const float *table, float *out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = table[data[i]];
+}
+
+/* --- from fp32, to nearest, ties to even; whether any result is NaN or Inf --------------------- */
+
+/* The last place of the result is found by adding 1.5 times the number whose own last place that
+   is: the low bits of the sum then count in units of it, also where results are subnormal. */
+INLINE int encode_f16(const float *values, uint8_t *out, int64_t count) {
+  const uint32_t lowest = (127 - 14) << 23; /* of a normal fp16 */
+  const uint32_t rounder = (13 << 23) + 0x400000;
+  uint32_t odd = 0;
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = bits_of(values[i]), size = bits & 0x7fffffff;
+    uint32_t exponent = size & 0x7f800000;
+    exponent = exponent > lowest ? exponent : lowest;
+    uint32_t units = bits_of(float_of(size) + float_of(exponent + rounder)) - (exponent + rounder);
+    uint32_t half = ((exponent - lowest) >> 13) + units;
+    uint32_t over = size >= 0x477ff000; /* 65520, which rounds to Inf */
+    half = over ? (size > 0x7f800000 ? 0x7e00 : 0x7c00) : half;
+    uint16_t stored = (uint16_t)((bits >> 16 & 0x8000) | half);
+    odd |= over;
+    memcpy(out + 2 * i, &stored, 2);
+  }
+  return odd != 0;
+}
+
+INLINE int encode_bf16(const float *values, uint8_t *out, int64_t count) {
+  uint32_t odd = 0;
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = bits_of(values[i]), size = bits & 0x7fffffff;
+    uint32_t half = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uint16_t stored = (uint16_t)(size > 0x7f800000 ? 0x7fc0 : half);
+    odd |= size >= 0x7f7f8000; /* rounds to Inf */
+    memcpy(out + 2 * i, &stored, 2);
+  }
+  return odd != 0;
+}
+
+INLINE int encode_f32(const float *values, uint8_t *out, int64_t count) {
+  uint32_t odd = 0;
+  for (int64_t i = 0; i < count; i++) odd |= (bits_of(values[i]) & 0x7f800000) == 0x7f800000;
+  memcpy(out, values, 4 * (size_t)count);
+  return odd != 0;
+}
+
+INLINE int encode_f64(const double *values, uint8_t *out, int64_t count) {
+  uint64_t odd = 0;
+  for (int64_t i = 0; i < count; i++) {
+    uint64_t bits;
+    memcpy(&bits, &values[i], 8);
+    odd |= (bits & 0x7ff0000000000000) == 0x7ff0000000000000;
+  }
+  memcpy(out, values, 8 * (size_t)count);
+  return odd != 0;
+}
+
+/* --- fp16 by the processor's own conversions: the same bits ------------------------------------ */
+
+#if WIDE
+WIDE_TARGET static void decode_f16_wide(const uint8_t *data, float *out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(data + 2 * i))));
+  decode_f16(data + 2 * i, out + i, count - i);
+}
+
+WIDE_TARGET static int encode_f16_wide(const float *values, uint8_t *out, int64_t count) {
+  const __m128i top = _mm_set1_epi16(0x7c00);
+  __m128i odd = _mm_setzero_si128();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+    odd = _mm_or_si128(odd, _mm_cmpeq_epi16(_mm_and_si128(half, top), top));
+    _mm_storeu_si128((__m128i *)(out + 2 * i), half);
+  }
+  int last = encode_f16(values + i, out + 2 * i, count - i);
+  return last || !_mm_testz_si128(odd, odd);
+}
+#endif
+
+INLINE void decode_half(const uint8_t *data, float *out, int64_t count, int wide) {
+#if WIDE
+  if (wide) {
+    decode_f16_wide(data, out, count);
+    return;
+  }
+#endif
+  (void)wide;
+  decode_f16(data, out, count);
+}
+
+INLINE int encode_half(const float *values, uint8_t *out, int64_t count, int wide) {
+#if WIDE
+  if (wide) return encode_f16_wide(values, out, count);
+#endif
+  (void)wide;
+  return encode_f16(values, out, count);
+}
+
+/* --- formulas ---------------------------------------------------------------------------------- */
+
+INLINE void load(const struct read *read, int64_t begin, float *out, int64_t count, int wide) {
+  const uint8_t *data = read->data + begin * WIDTH[read->dtype];
+  switch (read->dtype) {
+    case F16: decode_half(data, out, count, wide); break;
+    case BF16: decode_bf16(data, out, count); break;
+    case F32: memcpy(out, data, 4 * (size_t)count); break;
+    case F64: decode_f64(data, out, count); break;
+    default: decode_table(data, read->table, out, count); break;
+  }
+}
+
+INLINE int store(const float *values, int64_t dtype, uint8_t *out, int64_t count, int wide) {
+  switch (dtype) {
+    case F16: return encode_half(values, out, count, wide);
+    case BF16: return encode_bf16(values, out, count);
+    default: return encode_f32(values, out, count);
+  }
+}
+
+/* One block in single precision; `memory` holds BLOCK numbers for each depth. */
+INLINE int block_in_singles(const struct step *steps, int64_t number, const struct read *reads,
+                            float *memory, int64_t dtype, uint8_t *out, int64_t begin,
+                            int64_t count, int wide) {
+  for (const struct step *step = steps; step < steps + number; step++) {
+    float *x = memory + (int64_t)step->depth * BLOCK;
+    const float *y = x + BLOCK, factor = (float)step->factor;
+    switch (step->operation) {
+      case LOAD: load(&reads[step->read], begin, x, count, wide); break;
+      case SCALE: for (int64_t i = 0; i < count; i++) x[i] *= factor; break;
+      case ADD: for (int64_t i = 0; i < count; i++) x[i] += y[i]; break;
+      default: for (int64_t i = 0; i < count; i++) x[i] -= y[i]; break;
+    }
+  }
+  if (dtype == F64) {
+    double *doubles = (double *)(memory + BLOCK); /* two blocks that are done with */
+    for (int64_t i = 0; i < count; i++) doubles[i] = memory[i];
+    return encode_f64(doubles, out + 8 * begin, count);
+  }
+  return store(memory, dtype, out + WIDTH[dtype] * begin, count, wide);
+}
+
+/* One block in double precision; rounded to single first where the result is narrower. */
+INLINE int block_in_doubles(const struct step *steps, int64_t number, const struct read *reads,
+                            double *memory, float *narrow, int64_t dtype, uint8_t *out,
+                            int64_t begin, int64_t count, int wide) {
+  for (const struct step *step = steps; step < steps + number; step++) {
+    double *x = memory + (int64_t)step->depth * BLOCK;
+    const double *y = x + BLOCK, factor = step->factor;
+    const struct read *read = &reads[step->read];
+    switch (step->operation) {
+      case LOAD:
+        if (read->dtype == F64) {
+          memcpy(x, read->data + 8 * begin, 8 * (size_t)count);
+          break;
+        }
+        load(read, begin, narrow, count, wide);
+        for (int64_t i = 0; i < count; i++) x[i] = narrow[i];
+        break;
+      case SCALE: for (int64_t i = 0; i < count; i++) x[i] *= factor; break;
+      case ADD: for (int64_t i = 0; i < count; i++) x[i] += y[i]; break;
+      default: for (int64_t i = 0; i < count; i++) x[i] -= y[i]; break;
+    }
+  }
+  if (dtype == F64) return encode_f64(memory, out + 8 * begin, count);
+  for (int64_t i = 0; i < count; i++) narrow[i] = (float)memory[i];
+  return store(narrow, dtype, out + WIDTH[dtype] * begin, count, wide);
+}
+
+INLINE int run(const struct step *steps, int64_t number, const struct read *reads, int64_t doubles,
+               void *memory, int64_t dtype, uint8_t *out, int64_t count, int wide) {
+  float *narrow = memory;
+  int odd = 0;
+  for (int64_t begin = 0; begin < count; begin += BLOCK) {
+    int64_t length = count - begin < BLOCK ? count - begin : BLOCK;
+    odd |= doubles ? block_in_doubles(steps, number, reads, (double *)memory + BLOCK, narrow, dtype,
+                                      out, begin, length, wide)
+                   : block_in_singles(steps, number, reads, narrow, dtype, out, begin, length, wide);
+  }
+  return !odd;
+}
+
+static int run_anywhere(const struct step *steps, int64_t number, const struct read *reads,
+                        int64_t doubles, void *memory, int64_t dtype, uint8_t *out,
+                        int64_t count) {
+  return run(steps, number, reads, doubles, memory, dtype, out, count, 0);
+}
+
+#if WIDE
+WIDE_TARGET static int run_wide(const struct step *steps, int64_t number,
+                                const struct read *reads, int64_t doubles, void *memory,
+                                int64_t dtype, uint8_t *out, int64_t count) {
+  return run(steps, number, reads, doubles, memory, dtype, out, count, 1);
+}
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* What a caller was written for: another version is not to be called. */
+EXPORT int64_t ckptools_version(void) { return VERSION; }
+
+/* Bytes of memory that `ckptools_mix` takes for formulas of that depth. */
+EXPORT int64_t ckptools_memory(int64_t depth) { return (depth + 3) * BLOCK * 8; }
+
+/* Make `count` elements of the output from as many of every read.
+
+   steps    `number` of them; their result is in buffer 0
+   doubles  whether the arithmetic is double precision
+   memory   `ckptools_memory` bytes, aligned to 8
+   dtype    of the output: F16, BF16, F32 or F64
+   portable whether to leave the processor's own fp16 conversions alone
+   Returns whether all results are finite; a NaN or Inf of a read is one of the result. */
+EXPORT int64_t ckptools_mix(const struct step *steps, int64_t number, const struct read *reads,
+                            int64_t doubles, void *memory, int64_t dtype, uint8_t *out,
+                            int64_t count, int64_t portable) {
+#if WIDE
+  if (!portable && __builtin_cpu_supports("avx2")) /* then it has F16C, too */
+    return run_wide(steps, number, reads, doubles, memory, dtype, out, count);
+#endif
+  (void)portable;
+  return run_anywhere(steps, number, reads, doubles, memory, dtype, out, count);
+}

@@ -1,0 +1,132 @@
+"""The compiled kernels, where there are any: what `kernels.c` does, called from Python.
+
+A package that was built without a C compiler has none, and says so with `KERNELS = None`. Knows no
+programs and no files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptools.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+LIBRARY = "_kernels.dll" if sys.platform == "win32" else "_kernels.so"
+_VERSION = 1  # of `kernels.c`
+_DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
+_TABLE = 4
+
+LOAD, SCALE, ADD, SUBTRACT = range(4)
+
+
+class _Read(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("operation", ctypes.c_int32),
+        ("depth", ctypes.c_int32),
+        ("read", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("factor", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on the buffer at `depth`: LOAD of a read, SCALE by a factor, ADD or SUBTRACT of
+    the next buffer."""
+
+    operation: int
+    depth: int
+    read: int = 0
+    factor: float = 0.0
+
+
+class Formula:
+    """Steps as the kernels take them; the result is in buffer 0."""
+
+    def __init__(self, steps: Sequence[Step], dtypes: Sequence[str], *, doubles: bool) -> None:
+        table = [_Step(step.operation, step.depth, step.read, 0, step.factor) for step in steps]
+        self.steps = (_Step * len(table))(*table)
+        self.dtypes = tuple(dtypes)
+        self.doubles = doubles
+        self.depth = 1 + max(step.depth for step in steps)
+
+
+class Kernels:
+    """A loaded library. `portable` leaves the processor's own fp16 conversions alone: for tests."""
+
+    def __init__(self, library: ctypes.CDLL, *, portable: bool = False) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._mix = library.ckptools_mix
+        self._mix.restype = integer
+        self._mix.argtypes = [
+            pointer, integer, pointer, integer, pointer, integer, pointer, integer, integer
+        ]  # fmt: skip
+        self._memory = library.ckptools_memory
+        self._memory.restype, self._memory.argtypes = integer, [integer]
+        self._portable = portable
+
+    def memory(self, depth: int) -> NDArray[np.uint8]:
+        """What `mix` works in, for formulas of that depth; one for each thread."""
+        from ckptools.codec import aligned
+
+        return aligned(self._memory(depth), "u1")
+
+    def mix(
+        self,
+        formula: Formula,
+        inputs: Sequence[NDArray[np.uint8]],
+        dtype: str,
+        out: NDArray[np.uint8],
+        memory: NDArray[np.uint8],
+    ) -> bool:
+        """Make equally many elements of every input into bytes of `dtype`; whether all are finite.
+
+        inputs  the bytes of the formula's reads
+        memory  from `memory`, for this formula's depth or more
+        """
+        reads = (_Read * len(inputs))()
+        count = out.size * 8 // DTYPES[dtype].bits
+        for read, data, stored in zip(reads, inputs, formula.dtypes, strict=True):
+            read.data = data.ctypes.data
+            read.dtype = _DTYPES.get(stored, _TABLE)
+            if read.dtype == _TABLE:
+                from ckptools.codec import fp8_values
+
+                read.table = fp8_values(stored).ctypes.data
+        return bool(
+            self._mix(
+                formula.steps, len(formula.steps), reads, formula.doubles, memory.ctypes.data,
+                _DTYPES[dtype], out.ctypes.data, count, self._portable,
+            )
+        )  # fmt: skip
+
+
+def _load() -> Kernels | None:
+    path = Path(__file__).with_name(LIBRARY)
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.ckptools_version
+    except (OSError, AttributeError):  # not built, or for another machine
+        return None
+    version.restype = ctypes.c_int64
+    return Kernels(library) if version() == _VERSION else None
+
+
+KERNELS = _load()

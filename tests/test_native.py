@@ -1,0 +1,181 @@
+"""The kernels' roundings against torch: every pattern, or very many; and what loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from kernels import portable_kernels
+
+import ckptools.native
+from ckptools.native import ADD, KERNELS, LIBRARY, LOAD, SCALE, SUBTRACT, Formula, Kernels, Step
+from ckptools.tensors import DTYPES
+
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="built without a C compiler")
+
+TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+NAMES = {np.dtype("f4"): "F32", np.dtype("f8"): "F64"}
+
+
+def mixed(
+    kernels: Kernels,
+    steps: Sequence[Step],
+    inputs: Sequence[np.ndarray],
+    dtypes: Sequence[str],
+    dtype: str,
+    *,
+    doubles: bool,
+) -> tuple[np.ndarray, bool]:
+    """The bytes that come out, and whether all are finite."""
+    formula = Formula(steps, dtypes, doubles=doubles)
+    count = inputs[0].nbytes * 8 // DTYPES[dtypes[0]].bits
+    out = np.full(count * DTYPES[dtype].bits // 8 + 8, 0xEE, np.uint8)
+    data = [values.view(np.uint8) for values in inputs]
+    finite = kernels.mix(formula, data, dtype, out[:-8], kernels.memory(formula.depth))
+    assert (out[-8:] == 0xEE).all()
+    return out[:-8], finite
+
+
+def every_kernels() -> list[Kernels]:
+    found = [KERNELS, portable_kernels()]
+    return [kernels for kernels in found if kernels is not None]
+
+
+def encoded(kernels: Kernels, values: np.ndarray, dtype: str) -> tuple[np.ndarray, bool]:
+    stored = NAMES[values.dtype]
+    steps = [Step(LOAD, 0, 0)]
+    return mixed(kernels, steps, [values], [stored], dtype, doubles=stored == "F64")
+
+
+def by_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(values).to(TORCH[dtype])
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    plain = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.frombuffer(plain.numpy().tobytes(), np.uint8)
+
+
+def assert_as_torch(values: np.ndarray, dtype: str) -> None:
+    wanted = by_torch(values, dtype)
+    number = ~torch.isnan(wanted).numpy()  # a NaN has many patterns
+    wide = TORCH[dtype].itemsize
+    for kernels in every_kernels():
+        out, finite = encoded(kernels, values, dtype)
+
+        bits = out.reshape(-1, wide)[number]
+        assert np.array_equal(bits, bytes_of(wanted).reshape(-1, wide)[number])
+        found = torch.from_numpy(out).view(TORCH[dtype]) if out.size else torch.empty(0)
+        assert np.isnan(found.double().numpy()[~number]).all()
+        assert finite == bool(torch.isfinite(wanted).all())
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_floats_of_all_sizes_are_rounded_as_torch_does(dtype: str) -> None:
+    """Every 1,021st of all fp32 patterns: all exponents, both signs, most tails."""
+    patterns = np.arange(0, 1 << 32, 1021, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    assert len(patterns) > 4_000_000
+    magnitude = np.abs(patterns)
+
+    for part in (patterns, patterns[magnitude < 60000], patterns[magnitude < 2**-13]):
+        assert_as_torch(part, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_value_and_every_middle_between_two(dtype: str) -> None:
+    """Ties go to even, and the neighbours of a tie to their side."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = torch.from_numpy(bits).view(TORCH[dtype]).double().numpy()
+    values = np.unique(values[np.isfinite(values)])
+    middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    assert len(middles) > 60_000
+
+    for step in (-np.inf, 0, np.inf):
+        shifted = np.nextafter(middles, np.float32(step)) if step else middles
+        assert_as_torch(shifted[np.abs(shifted) < 60000], dtype)
+        assert_as_torch(shifted, dtype)
+    assert_as_torch(np.array([0.0, -0.0] * 9, np.float32), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+@given(values=arrays(np.float64, st.integers(0, 40), elements=st.floats(width=64)))
+def test_doubles_are_rounded_as_torch_does(dtype: str, values: np.ndarray) -> None:
+    """By way of fp32 to what is narrower than that."""
+    assert_as_torch(values, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@given(values=arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32)))
+def test_floats_are_rounded_as_torch_does(dtype: str, values: np.ndarray) -> None:
+    assert_as_torch(values, dtype)
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16"])
+@pytest.mark.parametrize("doubles", [False, True])
+def test_every_pattern_is_read_as_torch_reads_it(stored: str, doubles: bool) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    dtype, kind = ("F64", np.float64) if doubles else ("F32", np.float32)
+    wanted = torch.from_numpy(bits).view(TORCH[stored]).to(TORCH[dtype]).numpy()
+
+    for kernels in every_kernels():
+        out, finite = mixed(kernels, [Step(LOAD, 0, 0)], [bits], [stored], dtype, doubles=doubles)
+
+        np.testing.assert_array_equal(out.view(kind), wanted)  # NaN equals NaN here
+        assert np.array_equal(np.signbit(out.view(kind)), np.signbit(wanted))
+        assert not finite
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 2047, 2048, 2049, 10_001])
+@pytest.mark.parametrize("doubles", [False, True])
+@pytest.mark.parametrize("dtype", list(TORCH))
+def test_any_length_in_any_place(length: int, doubles: bool, dtype: str) -> None:
+    """Blocks, vectors and what is left over; reads of four widths, none of them aligned."""
+    rng = np.random.default_rng(length)
+    values = [rng.standard_normal(length) for _ in TORCH]
+    tensors = [torch.from_numpy(v).to(kind) for v, kind in zip(values, TORCH.values(), strict=True)]
+    placed = []
+    for tensor in tensors:
+        data = bytes_of(tensor)
+        room = np.empty(data.size + 1, np.uint8)
+        room[1:] = data
+        placed.append(room[1:])
+    steps = [
+        Step(LOAD, 0, 0), Step(SCALE, 0, factor=0.3), Step(LOAD, 1, 1), Step(LOAD, 2, 2),
+        Step(SUBTRACT, 1), Step(SCALE, 1, factor=-1.7), Step(ADD, 0), Step(LOAD, 1, 3),
+        Step(ADD, 0),
+    ]  # fmt: skip
+    wide = torch.float64 if doubles else torch.float32
+    a, b, c, d = (tensor.to(wide) for tensor in tensors)
+    total = a * 0.3 + (b - c) * -1.7 + d
+    narrow = total.float() if dtype in ("F16", "BF16") else total
+    wanted = bytes_of(narrow.to(TORCH[dtype]))
+
+    for kernels in every_kernels():
+        out, finite = mixed(kernels, steps, placed, list(TORCH), dtype, doubles=doubles)
+
+        assert np.array_equal(out, wanted)
+        assert finite
+
+
+def test_a_library_of_another_version_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("not a library", ""):
+        (tmp_path / LIBRARY).write_text(text)
+        monkeypatch.setattr(ckptools.native, "__file__", str(tmp_path / "native.py"))
+        assert ckptools.native._load() is None
+    (tmp_path / LIBRARY).unlink()
+    assert ckptools.native._load() is None
+
+    monkeypatch.undo()
+    assert ckptools.native._load() is not None
+    monkeypatch.setattr(ckptools.native, "_VERSION", 0)
+    assert ckptools.native._load() is None

@@ -101,6 +101,8 @@ save_file(weights, out)
 """
 
 COPY = 'cat "$@" > /dev/null; cp "$1" "$0"'
+FLUSH = '; sync "$0"'  # until it is on the disk, as a merge waits
+ON_DISK = "cat inputs; cp A; sync it"
 RANK = 32
 
 
@@ -173,6 +175,7 @@ def programs(case: Case, folder: Path, peers: dict[str, str]) -> dict[str, list[
             case.name, str(folder / "out.safetensors"), *paths
         ],
         "cat inputs; cp A": ["sh", "-c", COPY, str(folder / "out.safetensors"), *paths],
+        ON_DISK: ["sh", "-c", COPY + FLUSH, str(folder / "out.safetensors"), *paths],
     }  # fmt: skip
     if "sd-mecha" in peers:
         found["sd-mecha"] = [
@@ -180,7 +183,7 @@ def programs(case: Case, folder: Path, peers: dict[str, str]) -> dict[str, list[
             case.name, str(folder / "out.safetensors"), *paths
         ]  # fmt: skip
     if case.bakes:
-        del found["cat inputs; cp A"]
+        del found["cat inputs; cp A"], found[ON_DISK]
         found["cp A"] = ["cp", paths[0], str(folder / "out.safetensors")]
     needed = 1.2 * sum(Path(path).stat().st_size for path in (*paths, paths[0]))
     if needed > memory_bytes():

@@ -286,7 +286,11 @@ def _write(
             part.write(layout.header, 0)
         for source in plan.sources:
             source.checkpoint.check_unchanged()
-        recomputed = _verify(plan, layouts, settings, streamed.sha256)
+        with ThreadPoolExecutor(1) as disk:  # which is waited for meanwhile
+            flushed = [disk.submit(part.sync) for part in parts]
+            recomputed = _verify(plan, layouts, settings, streamed.sha256)
+            for job in flushed:
+                job.result()
         stale = _stale_shards(plan)
         removed = (f"{len(stale)} shards of the replaced output are removed",) if stale else ()
         notes = (*embedded.notes, *streamed.notes, *removed)

@@ -55,6 +55,7 @@ clean:
 	@echo "Setting up .venv: torch, diffusers and what they need, 1.3 GB, once; some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[render]"
+	$(BIN)/python -m compileall -q ckptools
 	touch $@
 
 .venv/.dev: .venv/.ready

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,18 @@ class KernelsHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile beside the source, where an editable installation finds it."""
-        if self.target_name != "wheel" or sys.platform == "win32":
+        if self.target_name != "wheel":
             return
         root = Path(self.root)
         library = root / LIBRARY
-        library.unlink(missing_ok=True)
+        made = library.with_suffix(".new")  # whoever runs meanwhile has the old one
         compiler = shlex.split(os.environ.get("CC") or "cc")
-        command = [*compiler, *FLAGS, "-o", str(library), str(root / SOURCE)]
+        command = [*compiler, *FLAGS, "-o", str(made), str(root / SOURCE)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(library)
         except (OSError, subprocess.CalledProcessError) as exc:
+            library.unlink(missing_ok=True)
             why = getattr(exc, "stderr", None) or str(exc)
             self.app.display_warning(f"built without compiled kernels: {why.strip()}")
             return

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
     Finished = Generator[NDArray[np.uint8], None, None]
 
-# Spans of 2 MB keep what one read brings in within the third-level cache.
+# Spans of 2 MB keep what one read brings in within the third-level cache; disks like 8 MB better.
 SPAN_BYTES = 1 << 21
-BUFFERS_PER_WORKER = 4
+UNIT_BYTES = 1 << 23
+BUFFERS_PER_WORKER = 2
 ALONE_BYTES = 1 << 23  # less than this is done sooner than threads have shared it out
 
 
@@ -103,10 +104,20 @@ class Piece:
     begin: int
     end: int
 
+    @property
+    def start(self) -> int:
+        """Byte offset in the output file."""
+        return self.task.start + _byte_offset(self.task.spec, self.begin)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it makes."""
+        return _byte_offset(self.task.spec, self.end) - _byte_offset(self.task.spec, self.begin)
+
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of output bytes made in one go: many small tensors, or a part of a large one."""
+    """A run of output bytes written in one go: tensors, or parts of them, one after another."""
 
     start: int
     nbytes: int
@@ -114,36 +125,30 @@ class Unit:
 
 
 def cut_units(tasks: Sequence[Task]) -> Iterator[Unit]:
-    """Cut the output, in file order, into runs of about `SPAN_BYTES`.
+    """Cut the output, in file order, into runs of about `UNIT_BYTES`, of pieces up to `SPAN_BYTES`.
 
     Tensors that need to be whole are never cut; empty tensors belong to no unit's bytes.
     """
     gathered: list[Piece] = []
-    gathered_bytes = 0
-
-    def flush() -> Iterator[Unit]:
-        nonlocal gathered_bytes
-        if gathered:
-            yield Unit(gathered[0].task.start, gathered_bytes, tuple(gathered))
-            gathered.clear()
-            gathered_bytes = 0
-
+    nbytes = 0
     for task in tasks:
-        spec = task.spec
-        small = spec.nbytes <= SPAN_BYTES // 2 and not is_whole(task.program)
-        if small or not spec.numel:
-            if gathered_bytes + spec.nbytes > SPAN_BYTES:
-                yield from flush()
-            gathered.append(Piece(task, 0, spec.numel))
-            gathered_bytes += spec.nbytes
-            continue
-        yield from flush()
-        step = spec.numel if is_whole(task.program) else SPAN_BYTES * 8 // DTYPES[spec.dtype].bits
-        for begin in range(0, spec.numel, step):
-            end = min(begin + step, spec.numel)
-            first, last = (_byte_offset(spec, at) for at in (begin, end))
-            yield Unit(task.start + first, last - first, (Piece(task, begin, end),))
-    yield from flush()
+        for piece in _pieces(task):
+            if gathered and nbytes + piece.nbytes > UNIT_BYTES:
+                yield Unit(gathered[0].start, nbytes, tuple(gathered))
+                gathered, nbytes = [], 0
+            gathered.append(piece)
+            nbytes += piece.nbytes
+    if gathered:
+        yield Unit(gathered[0].start, nbytes, tuple(gathered))
+
+
+def _pieces(task: Task) -> Iterator[Piece]:
+    spec = task.spec
+    step = SPAN_BYTES * 8 // DTYPES[spec.dtype].bits
+    if is_whole(task.program) or spec.numel <= step:
+        step = max(spec.numel, 1)
+    for begin in range(0, max(spec.numel, 1), step):
+        yield Piece(task, begin, min(begin + step, spec.numel))
 
 
 def is_whole(program: Program) -> bool:
@@ -159,10 +164,11 @@ def _byte_offset(spec: TensorSpec, element: int) -> int:
 
 
 class Buffer:
-    """Reusable bytes that grow on demand, seen as bytes, numpy or torch."""
+    """Reusable bytes that grow on demand, `nbytes` of them as long as that is enough."""
 
-    def __init__(self) -> None:
-        self._array = self._usual()
+    def __init__(self, nbytes: int) -> None:
+        self._usual = nbytes + PAGE_BYTES
+        self._array = np.empty(self._usual, np.uint8)
 
     def view(self, nbytes: int, position: int = 0) -> NDArray[np.uint8]:
         """`nbytes` bytes whose address is as far into a page as `position` is.
@@ -176,12 +182,8 @@ class Buffer:
 
     def shrink(self) -> None:
         """Give back what a large tensor took."""
-        if self._array.size > SPAN_BYTES + PAGE_BYTES:
-            self._array = self._usual()
-
-    @staticmethod
-    def _usual() -> NDArray[np.uint8]:
-        return np.empty(SPAN_BYTES + PAGE_BYTES, np.uint8)
+        if self._array.size > self._usual:
+            self._array = np.empty(self._usual, np.uint8)
 
 
 class Scratch:
@@ -204,7 +206,7 @@ class Scratch:
     def input(self, number: int) -> Buffer:
         """The buffer of the `number`-th read."""
         while len(self.inputs) <= number:
-            self.inputs.append(Buffer())
+            self.inputs.append(Buffer(SPAN_BYTES))
         return self.inputs[number]
 
     def shrink(self) -> None:
@@ -257,10 +259,8 @@ class Engine:
         """Make all bytes of a unit in `out`."""
         position = 0
         for piece in unit.pieces:
-            spec = piece.task.spec
-            nbytes = _byte_offset(spec, piece.end) - _byte_offset(spec, piece.begin)
-            self.fill(piece, out[position : position + nbytes], scratch)
-            position += nbytes
+            self.fill(piece, out[position : position + piece.nbytes], scratch)
+            position += piece.nbytes
 
     @property
     def _torch(self) -> Evaluation:
@@ -359,7 +359,7 @@ class _Ring:
 
     def __init__(self, units: Iterator[Unit], buffers: int) -> None:
         self._units = units
-        self._free = deque(Buffer() for _ in range(buffers))
+        self._free = deque(Buffer(UNIT_BYTES) for _ in range(buffers))
         self._done: dict[int, tuple[Buffer, NDArray[np.uint8]]] = {}
         self._working: set[int] = set()
         self._taken = 0
@@ -455,7 +455,7 @@ def run(
 
 def _alone(engine: Engine, units: Iterable[Unit], sink: Sink) -> Finished:
     """Every unit's bytes once they are written, made here and now."""
-    scratch, buffer = Scratch(), Buffer()
+    scratch, buffer = Scratch(), Buffer(UNIT_BYTES)
     for unit in units:
         data = buffer.view(unit.nbytes, unit.start)
         engine.make(unit, data, scratch)
@@ -511,12 +511,12 @@ def recompute(
 ) -> Iterator[tuple[int, memoryview]]:
     """One task's bytes made again: (offset in the file, bytes), valid until the next step."""
     engine = Engine(sources, labels, settings)
-    scratch, buffer = Scratch(), Buffer()
+    scratch, buffer = Scratch(), Buffer(SPAN_BYTES)
     with nullcontext() if is_plain(task.program, task.spec.dtype) else _single_threaded():
-        for unit in cut_units([task]):
-            data = buffer.view(unit.nbytes)
-            engine.fill(unit.pieces[0], data, scratch)
-            yield unit.start, data.data
+        for piece in _pieces(task):
+            data = buffer.view(piece.nbytes)
+            engine.fill(piece, data, scratch)
+            yield piece.start, data.data
 
 
 def _single_threaded() -> AbstractContextManager[None]:

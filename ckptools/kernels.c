@@ -287,11 +287,7 @@ WIDE_TARGET static int run_wide(const struct step *steps, int64_t number,
 }
 #endif
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
 #define EXPORT __attribute__((visibility("default")))
-#endif
 
 /* What a caller was written for: another version is not to be called. */
 EXPORT int64_t ckptools_version(void) { return VERSION; }

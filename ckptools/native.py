@@ -7,7 +7,6 @@ programs and no files.
 from __future__ import annotations
 
 import ctypes
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LIBRARY = "_kernels.dll" if sys.platform == "win32" else "_kernels.so"
+LIBRARY = "_kernels.so"
 _VERSION = 1  # of `kernels.c`
 _DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
 _TABLE = 4

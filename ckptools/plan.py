@@ -84,7 +84,7 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 # Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas; or without torch.
 PROCESS_BYTES = 240_000_000
 PLAIN_PROCESS_BYTES = 50_000_000
-WORKER_BYTES = 14_000_000
+WORKER_BYTES = 17_000_000  # its output buffers
 _ADAPTER_KINDS = {"lora", "embedding"}
 _READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
 _SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
@@ -210,9 +210,10 @@ class Plan:
         """Predicted peak of the process's memory."""
         with_torch = needs_torch((step.program, step.spec.dtype) for step in self.steps)
         worker = WORKER_BYTES + max(map(_worker_bytes, self.steps), default=0)
+        workers = min(self.threads * worker, self.read_bytes + self.output_bytes)
         whole = max(map(_whole_bytes, self.steps), default=0)
         process = PROCESS_BYTES if with_torch else PLAIN_PROCESS_BYTES
-        return process + self.threads * worker + whole
+        return process + workers + whole
 
     @property
     def outputs(self) -> tuple[Path, ...]:

@@ -393,10 +393,8 @@ class _Worker:
         """The bytes of a piece, in this thread's buffer of that number until `forget`."""
         buffers = self._local.buffers
         while len(buffers) <= buffer:
-            buffers.append(Buffer())
-        spec = piece.task.spec
-        nbytes = _bytes_in(spec, piece.end) - _bytes_in(spec, piece.begin)
-        made = buffers[buffer].view(nbytes)
+            buffers.append(Buffer(piece.nbytes))
+        made = buffers[buffer].view(piece.nbytes)
         self._engine.fill(piece, made, self._local.scratch)
         return made
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from ckptools.tensors import TensorSpec, file_order
 
 PART_SUFFIX = ".part"
 PAGE_BYTES = 4096  # what direct writes are aligned to: no disk's block is larger
-_LOCK_WAIT_S = 1.0  # so long may workers of a process that was killed go on with what they had
 _DIRECT_BYTES = 1 << 16  # smaller ones are better gathered by the system
 
 
@@ -438,20 +436,14 @@ def _lock(number: int, path: Path) -> None:
         import fcntl
     except ImportError:  # Windows refuses the replace instead
         return
-    limit = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as exc:
-            if time.monotonic() > limit:
-                raise OutputError(
-                    "another process is writing this output",
-                    where=str(path), fix="wait for it, or stop it",
-                ) from exc  # fmt: skip
-        except OSError:  # a file system without locks
-            return
-        time.sleep(0.02)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise OutputError(
+            "another process is writing this output", where=str(path), fix="wait for it, or stop it"
+        ) from exc
+    except OSError:  # a file system without locks
+        return
 
 
 _POSITION_LOCK = threading.Lock()

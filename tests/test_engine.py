@@ -357,6 +357,7 @@ def test_the_same_bytes_for_any_threads_blocks_and_spans(
         ]:  # fmt: skip
             monkeypatch.setattr(ckptools.evaluation, "BLOCK", block)
             monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
+            monkeypatch.setattr(ckptools.engine, "UNIT_BYTES", 3 * span)
             assert merge_tensors(text, models, settings=Settings(threads=3)).data == first.data
 
 
@@ -687,6 +688,7 @@ class Broken(Exception):  # noqa: N818  # it is raised by tests only
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit for every 64 KB, and workers for any amount: many rounds of the ring."""
     monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 1 << 16)
+    monkeypatch.setattr(ckptools.engine, "UNIT_BYTES", 1 << 17)
     monkeypatch.setattr(ckptools.engine, "ALONE_BYTES", -1)
 
 

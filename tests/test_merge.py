@@ -239,6 +239,7 @@ def test_threads_and_block_sizes_do_not_show_in_the_file(
         assert merge(loaded, threads=threads, force=True).output.read_bytes() == first
     monkeypatch.setattr(ckptools.evaluation, "BLOCK", 4999)
     monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", 54_321)
+    monkeypatch.setattr(ckptools.engine, "UNIT_BYTES", 200_000)
     assert merge(loaded, threads=3, force=True).output.read_bytes() == first
 
 

@@ -128,9 +128,9 @@ def test_blocks_of_any_size_give_the_bits_of_the_whole(
     whole = merge_one(text, **named)
 
     for block, span in [(777, 3002), (1, 5000), (1 << 16, 9999)]:
-        monkeypatch.setattr(ckptools.plain, "BLOCK", block if block > 1 else 13)
         monkeypatch.setattr(ckptools.evaluation, "BLOCK", block if block > 1 else 13)
         monkeypatch.setattr(ckptools.engine, "SPAN_BYTES", span)
+        monkeypatch.setattr(ckptools.engine, "UNIT_BYTES", 3 * span)
         assert_same_bits(merge_one(text, **named), whole)
     if method.access != "linear":  # the planner, not the function, orders linear sums
         wide = torch.float64 if dtype == torch.float32 else torch.float32

@@ -128,7 +128,7 @@ def test_plan_as_json_has_the_contract_s_keys(recipe: Path, capsys: Captured) ->
     assert plan["tensors"] == {"merged": 1130, "carried": 1, "copied": 0, "cast": 0}
     assert plan["output_bytes"] > sum(part["bytes"] for part in plan["components"].values())
     assert plan["read_bytes"] > plan["output_bytes"]
-    assert plan["peak_bytes"] > 100_000_000
+    assert 50_000_000 < plan["peak_bytes"] < 200_000_000
     assert plan["warnings"] == []
     assert plan["components"]["unet"]["forms"] == {"A + 0.5*B - 0.5*C": 686}
 

@@ -1,6 +1,6 @@
 /* Linear formulas over stored floats: decode, multiply, add, round once, look for NaN and Inf.
 
-   The arithmetic of `plain.py`, operation for operation, in one pass over memory. No Python in it:
+   The arithmetic of `evaluation.py`, operation for operation, in one pass over memory. No Python in it:
    `native.py` calls it through ctypes, which lets other threads run meanwhile. Compiled without
    contraction (-ffp-contract=off): a fused multiply-add would round differently.
 
@@ -27,7 +27,7 @@
 #define INLINE static inline
 #endif
 
-#define VERSION 1
+#define VERSION 2
 #define BLOCK 2048 /* elements at a time: a few blocks stay in the first cache */
 
 enum dtype { F16, BF16, F32, F64, TABLE };
@@ -44,7 +44,7 @@ struct read {
    ADD:      buffer[depth] += buffer[depth + 1]
    SUBTRACT: buffer[depth] -= buffer[depth + 1] */
 struct step {
-  int32_t operation, depth, read, unused;
+  int32_t operation, depth, read;
   double factor;
 };
 

@@ -7,7 +7,6 @@ programs and no files.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIBRARY = "_kernels.so"
-_VERSION = 1  # of `kernels.c`
+_VERSION = 2  # of `kernels.c`
 _DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
 _TABLE = 4
 
@@ -35,33 +34,23 @@ class _Read(ctypes.Structure):
     )
 
 
-class _Step(ctypes.Structure):
+class Step(ctypes.Structure):
+    """One operation on the buffer at `depth`: LOAD of a read, SCALE by a factor, ADD or SUBTRACT of
+    the next buffer."""
+
     _fields_ = (
         ("operation", ctypes.c_int32),
         ("depth", ctypes.c_int32),
         ("read", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
         ("factor", ctypes.c_double),
     )
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation on the buffer at `depth`: LOAD of a read, SCALE by a factor, ADD or SUBTRACT of
-    the next buffer."""
-
-    operation: int
-    depth: int
-    read: int = 0
-    factor: float = 0.0
 
 
 class Formula:
     """Steps as the kernels take them; the result is in buffer 0."""
 
     def __init__(self, steps: Sequence[Step], dtypes: Sequence[str], *, doubles: bool) -> None:
-        table = [_Step(step.operation, step.depth, step.read, 0, step.factor) for step in steps]
-        self.steps = (_Step * len(table))(*table)
+        self.steps = (Step * len(steps))(*steps)
         self.dtypes = tuple(dtypes)
         self.doubles = doubles
         self.depth = 1 + max(step.depth for step in steps)

@@ -107,12 +107,12 @@ class Piece:
     @property
     def start(self) -> int:
         """Byte offset in the output file."""
-        return self.task.start + _byte_offset(self.task.spec, self.begin)
+        return self.task.start + byte_offset(self.task.spec, self.begin)
 
     @property
     def nbytes(self) -> int:
         """How many bytes it makes."""
-        return _byte_offset(self.task.spec, self.end) - _byte_offset(self.task.spec, self.begin)
+        return byte_offset(self.task.spec, self.end) - byte_offset(self.task.spec, self.begin)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def is_whole(program: Program) -> bool:
     return isinstance(program, Widen) or (isinstance(program, Compute) and program.whole)
 
 
-def _byte_offset(spec: TensorSpec, element: int) -> int:
+def byte_offset(spec: TensorSpec, element: int) -> int:
+    """Where an element begins, in bytes from the tensor's start on."""
     return element * DTYPES[spec.dtype].bits // 8
 
 
@@ -274,7 +275,7 @@ class Engine:
         return self._evaluation
 
     def _read(self, read: Read, begin: int, view: memoryview) -> None:
-        offset = _byte_offset(read.spec, begin)
+        offset = byte_offset(read.spec, begin)
         self._sources[read.source].read_into(read.name, view, offset)
 
     def _fill_ids(self, piece: Piece, program: PositionIds, out: NDArray[np.uint8]) -> None:
@@ -290,7 +291,7 @@ class Engine:
         """The bytes of the piece's elements in every read."""
         inputs = []
         for number, read in enumerate(program.reads):
-            nbytes = _byte_offset(read.spec, piece.end - piece.begin)
+            nbytes = byte_offset(read.spec, piece.end - piece.begin)
             inputs.append(scratch.input(number).view(nbytes))
             self._read(read, piece.begin, inputs[-1].data)
         return inputs

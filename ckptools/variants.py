@@ -25,6 +25,7 @@ from ckptools.engine import (
     Scratch,
     Settings,
     Task,
+    byte_offset,
     is_whole,
 )
 from ckptools.evaluation import as_tensor, single_threaded
@@ -195,7 +196,7 @@ class Variants:
         def put(name: str, which: int, begin: int, made: NDArray[np.uint8]) -> None:
             if which == self._distinct[name][number]:
                 task = self.models[number].tasks[name]
-                sink.write(made.data, task.start + _bytes_in(task.spec, begin))
+                sink.write(made.data, task.start + byte_offset(task.spec, begin))
 
         found = self._pass([number], pairs, put, progress)
         self._resident = {name: self._distinct[name][number] for name in self.changing}
@@ -254,7 +255,7 @@ class Variants:
             first, end = offset * 8 // bits, (offset + len(out)) * 8 // bits
             for begin in range(first, end, _SPAN):
                 piece = Piece(task, begin, min(begin + _SPAN, end))
-                low, high = (_bytes_in(task.spec, at) - offset for at in (begin, piece.end))
+                low, high = (byte_offset(task.spec, at) - offset for at in (begin, piece.end))
                 with single_threaded():
                     engine.fill(piece, out[low:high], scratch)
 
@@ -264,7 +265,7 @@ class Variants:
         kept = self._kept.get((name, which))
         if kept is not None:
             spec = self.models[self._distinct[name].index(which)].tasks[name].spec
-            low = _bytes_in(spec, begin)
+            low = byte_offset(spec, begin)
             kept[low : low + made.nbytes] = made
 
     def _pass(
@@ -346,10 +347,6 @@ def _first_of_each(which: Sequence[int], numbers: Sequence[int]) -> list[int]:
     for number in numbers:
         firsts.setdefault(which[number], number)
     return list(firsts.values())
-
-
-def _bytes_in(spec: TensorSpec, elements: int) -> int:
-    return elements * DTYPES[spec.dtype].bits // 8
 
 
 def _distance(

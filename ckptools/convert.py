@@ -617,7 +617,7 @@ class _Writer:
 
     def _stream(self, parts: Sequence[PartFile]) -> dict[str, str]:
         from ckptools.engine import Task, run
-        from ckptools.verify import check_structure, check_values, sample_tasks
+        from ckptools.verify import check_part
 
         self.progress.start("converting", self.conversion.output_bytes)
         sha256s: dict[str, str] = {}
@@ -633,12 +633,10 @@ class _Writer:
             if HASH_KEY in file.metadata:
                 layout = with_hash(layout, outcome.sha256)
                 part.write(layout.header, 0)
-            check_structure(layout.part, layout)
-            sample = sample_tasks(tasks, outcome.sha256)
-            check_values(
-                layout.part, sample, sources=[file.view], labels=[label], settings=self.settings
-            )
-            self.recomputed += len(sample)
+            self.recomputed += check_part(
+                part, layout, tasks, seed=outcome.sha256, sources=[file.view], labels=[label],
+                settings=self.settings,
+            )  # fmt: skip
             sha256s[file.path.as_posix()] = outcome.sha256
         self.conversion.checkpoint.check_unchanged()
         return sha256s

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckptools.checkpoint import read_header
 from ckptools.engine import Settings, Source, Task, recompute
 from ckptools.errors import VerificationError
-from ckptools.writer import Layout
+from ckptools.writer import Layout, PartFile
 
 SAMPLE_TENSORS = 12
 SAMPLE_BYTES = 48_000_000
@@ -55,7 +56,44 @@ def check_structure(path: Path, layout: Layout) -> None:
         raise VerificationError("tensors are not where they were planned", where=str(path))
 
 
-def sample_tasks(tasks: Sequence[Task], seed: str) -> list[Task]:
+def check_part(
+    part: PartFile,
+    layout: Layout,
+    tasks: Sequence[Task],
+    *,
+    seed: str,
+    sources: Sequence[Source],
+    labels: Sequence[str],
+    settings: Settings,
+) -> int:
+    """Wait until a part is on the disk, and check it; how many tensors were computed again.
+
+    layout  what its header says by now
+    seed    of the sample of tensors, computed again while the disk is waited for
+    """
+    sample = _sample(tasks, seed)
+    with ThreadPoolExecutor(1) as disk:
+        flushed = disk.submit(part.sync)
+        check_structure(layout.part, layout)
+        expected = [
+            (task, start, len(data), hashlib.sha256(data).digest())
+            for task in sample
+            for start, data in recompute(task, sources=sources, labels=labels, settings=settings)
+        ]
+        flushed.result()
+    with layout.part.open("rb") as stream:
+        for task, start, nbytes, digest in expected:
+            stream.seek(start)
+            if hashlib.sha256(stream.read(nbytes)).digest() != digest:
+                raise VerificationError(
+                    "the written values differ from the computed ones",
+                    where=task.spec.name,
+                    fix="check the disk and the memory of this machine, then merge again",
+                )
+    return len(sample)
+
+
+def _sample(tasks: Sequence[Task], seed: str) -> list[Task]:
     """A seeded sample of tasks, small enough to be computed again in a moment."""
     order = list(tasks)
     random.Random(seed).shuffle(order)
@@ -66,24 +104,3 @@ def sample_tasks(tasks: Sequence[Task], seed: str) -> list[Task]:
             sample.append(task)
             budget -= task.spec.nbytes
     return sample
-
-
-def check_values(
-    path: Path,
-    tasks: Sequence[Task],
-    *,
-    sources: Sequence[Source],
-    labels: Sequence[str],
-    settings: Settings,
-) -> None:
-    """Compute tasks again, each in one piece, and compare with the file's bytes."""
-    with path.open("rb") as stream:
-        for task in tasks:
-            for start, again in recompute(task, sources=sources, labels=labels, settings=settings):
-                stream.seek(start)
-                if stream.read(len(again)) != again:
-                    raise VerificationError(
-                        "the written values differ from the computed ones",
-                        where=task.spec.name,
-                        fix="check the disk and the memory of this machine, then merge again",
-                    )

@@ -286,11 +286,7 @@ def _write(
             part.write(layout.header, 0)
         for source in plan.sources:
             source.checkpoint.check_unchanged()
-        with ThreadPoolExecutor(1) as disk:  # which is waited for meanwhile
-            flushed = [disk.submit(part.sync) for part in parts]
-            recomputed = _verify(plan, layouts, settings, streamed.sha256)
-            for job in flushed:
-                job.result()
+        recomputed = _verify(plan, parts, layouts, settings, streamed.sha256)
         stale = _stale_shards(plan)
         removed = (f"{len(stale)} shards of the replaced output are removed",) if stale else ()
         notes = (*embedded.notes, *streamed.notes, *removed)
@@ -377,23 +373,24 @@ def tasks_of(steps: Sequence[Step], layout: Layout) -> list[Any]:
     return [Task(spec, by_name[spec.name], layout.starts[spec.name]) for spec in layout.specs]
 
 
-def _verify(plan: Plan, layouts: Sequence[Layout], settings: Any, seed: str) -> int:
+def _verify(
+    plan: Plan, parts: Sequence[PartFile], layouts: Sequence[Layout], settings: Any, seed: str
+) -> int:
     """Check every part; how many tensors were computed again."""
-    from ckptools.verify import check_structure, check_values, sample_tasks
+    from ckptools.verify import check_part
 
-    recomputed = 0
-    for layout in layouts:
-        check_structure(layout.part, layout)
-        sample = sample_tasks(tasks_of(plan.steps, layout), seed)
-        check_values(
-            layout.part,
-            sample,
+    return sum(
+        check_part(
+            part,
+            layout,
+            tasks_of(plan.steps, layout),
+            seed=seed,
             sources=[source.checkpoint for source in plan.sources],
             labels=[source.name for source in plan.sources],
             settings=settings,
         )
-        recomputed += len(sample)
-    return recomputed
+        for part, layout in zip(parts, layouts, strict=True)
+    )
 
 
 def peak_memory_bytes() -> int:

@@ -118,7 +118,18 @@ def header_by(read: Callable[[int, int], bytes], size: int, path: Path) -> Heade
             path, f"the header must begin with '{{', it begins with {raw[:8]!r}", _AGAIN
         )
     digest = hashlib.sha256(head[:8] + raw).hexdigest()
-    return parse_header(raw, data_start=8 + length, file_bytes=size, path=path, sha256=digest)
+    header = _PARSED.get((digest, size))
+    if header is None:
+        header = parse_header(raw, data_start=8 + length, file_bytes=size, path=path, sha256=digest)
+        if len(_PARSED) >= _MOST_PARSED:
+            _PARSED.clear()
+        _PARSED[digest, size] = header
+    return header
+
+
+# Models of one family, written by one program, often have the very same header.
+_PARSED: dict[tuple[str, int], Header] = {}
+_MOST_PARSED = 8
 
 
 def parse_header(

@@ -44,7 +44,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast, get_args
@@ -311,16 +311,29 @@ def detect(
     metadata only tells the prediction where no marker tensor does (modelspec.prediction_type).
     A family is recognised when all of its marks hold; there is no default and no share of names.
     """
+    claims = tuple((key, metadata[key]) for key in _CLAIMS if key in metadata)
+    return _detect(tuple(specs.items()), claims, tuple(load_families().values()))
+
+
+_CLAIMS = ("modelspec.prediction_type", "modelspec.architecture")
+
+
+@lru_cache(maxsize=8)  # models that are merged are often of one layout, and asked about twice
+def _detect(
+    tensors: tuple[tuple[str, TensorSpec], ...],
+    claims: tuple[tuple[str, str], ...],
+    families: tuple[Family, ...],
+) -> Detection:
+    specs, metadata = dict(tensors), dict(claims)
     names = _Names(specs)
-    for kind in KINDS:
-        for family in _families_of_kind(kind):
-            usual = _usual_names(family, names)
-            marks = next((m for m in _mark_sets(family) if _all_hold(m, usual, family.id)), None)
-            if marks is None:
-                continue
-            variant = _variant_of(family, usual)
-            if variant is not None or not family.variant_needed:
-                return _detection(family, marks, variant, names, metadata)
+    for family in (family for kind in KINDS for family in families if family.kind == kind):
+        usual = _usual_names(family, names)
+        marks = next((m for m in _mark_sets(family) if _all_hold(m, usual, family.id)), None)
+        if marks is None:
+            continue
+        variant = _variant_of(family, usual)
+        if variant is not None or not family.variant_needed:
+            return _detection(family, marks, variant, names, metadata, families)
     return Detection(
         kind="unknown",
         family=None,
@@ -328,12 +341,8 @@ def detect(
         layout=None,
         prediction=None,
         evidence=_groups_in_words(specs),
-        rejected=_nearest_rejected(names, UNKNOWN),
+        rejected=_nearest_rejected(names, UNKNOWN, families),
     )
-
-
-def _families_of_kind(kind: str) -> list[Family]:
-    return [family for family in load_families().values() if family.kind == kind]
 
 
 def _mark_sets(family: Family) -> tuple[tuple[Mark, ...], ...]:
@@ -354,6 +363,7 @@ def _detection(
     variant: Variant | None,
     names: _Names,
     metadata: Mapping[str, str],
+    families: Iterable[Family],
 ) -> Detection:
     usual = _usual_names(family, names)
     findings = [_judge(mark, usual, family.id) for mark in marks]
@@ -374,7 +384,7 @@ def _detection(
         layout="diffusers" if is_diffusers else _layout_of(family, names),
         prediction=prediction,
         evidence=(*evidence, *why),
-        rejected=_nearest_rejected(names, family) if has_family else (),
+        rejected=_nearest_rejected(names, family, families) if has_family else (),
     )
 
 
@@ -423,13 +433,15 @@ def _prediction_of(
     return None, ("the header cannot tell epsilon from v prediction",)
 
 
-def _nearest_rejected(names: _Names, found: Family) -> tuple[Rejection, ...]:
+def _nearest_rejected(
+    names: _Names, found: Family, families: Iterable[Family]
+) -> tuple[Rejection, ...]:
     """The families whose first mark finds something, those with the fewest failures first.
 
     Where a family is found, only others of its kind are worth a word.
     """
     near = []
-    for family in load_families().values():
+    for family in families:
         if family is found or family.kind in _KINDS_WITHOUT_FAMILY:
             continue
         if found is not UNKNOWN and family.kind != found.kind:

@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from ckptools.errors import CkptError, RecipeError, closest, nearest, raise_all
@@ -724,22 +725,24 @@ class Linear:
     def __truediv__(self, divisor: float) -> Linear:
         return Linear(tuple((leaf, value / divisor) for leaf, value in self.terms))
 
-    @property
+    @cached_property
     def total(self) -> float:
         """The sum of the models' coefficients: 1 for a proper mix of models."""
         return math.fsum(value for leaf, value in self.terms if not isinstance(leaf, AdapterDelta))
 
-    def model_names(self) -> Iterator[str]:
-        """Every model of the form, nested ones included, in order, repeats possible."""
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """Every model of the form, nested ones included, each once, in order."""
+        found: list[str] = []
         for leaf, _ in self.terms:
             match leaf:
                 case str():
-                    yield leaf
+                    found.append(leaf)
                 case Applied(models=models):
-                    for model in models:
-                        yield from model.model_names()
+                    found += [name for model in models for name in model.models]
                 case Baked(model=model):
-                    yield from model.model_names()
+                    found += model.models
+        return tuple(dict.fromkeys(found))
 
     def without(self, models: Collection[str]) -> Linear:
         """The form with nothing of these models, which may only stand in it as differences."""

@@ -489,7 +489,8 @@ class _Planner:
         self._forms: dict[tuple[float, ...], Linear] = {}
         self._sums: Counter[str] = Counter()
         self._widened: list[str] = []
-        self._mixes: dict[tuple[Linear, tuple[str, ...]], Mix] = {}
+        self._mixes: dict[Linear, tuple[Mix, bool]] = {}
+        self._reads: dict[tuple[str, str], Read] = {}
         self.bakings: dict[str, Baking] = {}
         self._bad_numbers: dict[str, tuple[CkptError, list[str]]] = {}
 
@@ -830,7 +831,7 @@ class _Planner:
 
     def _own_step(self, name: str, component: str) -> Step:
         own = self._read(self.base, name)
-        spec = replace(own.spec, name=self.base.names[name])
+        spec = own.spec
         if _is_position_ids(name, spec):
             repaired = TensorSpec(spec.name, "I64", spec.shape)
             note = f"position ids stored as {spec.dtype} are repaired to 0, 1, 2, …"
@@ -842,7 +843,9 @@ class _Planner:
             return _bare(spec, "carried", Copy(own), f"{spec.dtype} values are never averaged")
         if self.family.is_protected(name):
             return _bare(spec, "carried", Copy(own), "protected: part of what the model is")
-        spec = replace(spec, dtype=self._output_dtype(component, spec.dtype))
+        dtype = self._output_dtype(component, spec.dtype)
+        if dtype != spec.dtype:
+            spec = replace(spec, dtype=dtype)
         try:
             form, lines = self._form(name)
             form = self._resolved(form, name)
@@ -900,52 +903,47 @@ class _Planner:
                 )
             )
             return _bare(spec, "merged", Copy(own), "")
-        models = list(dict.fromkeys(form.model_names()))
+        models = form.models
         reads = [self._read(self.by_name[model], name) for model in models]
-        wide = self._widths(name, spec, models, reads)
+        wide = self._widths(name, spec, reads)
         if wide is not None:
-            return wide(form, models, reads)
+            return wide(form, reads)
         if form.terms == ((models[0], 1.0),) and _same_shape(reads[0].spec, spec):
             return _single(spec, reads[0], "copied", f"the formula is {models[0]} here")
         for model, read in zip(models, reads, strict=True):
             if not _same_shape(read.spec, spec):
                 self._shape_error(spec.name, own, model, read)
                 return _bare(spec, "merged", Copy(own), "")
-        return _bare(spec, "merged", self._compute(form, models, reads, spec, name), "formula")
+        return _bare(spec, "merged", self._compute(form, reads, spec, name), "formula")
 
     def _compute(
         self,
         form: Linear,
-        models: Sequence[str],
         reads: Sequence[Read],
         spec: TensorSpec,
         name: str,
     ) -> Compute:
         adapters = adapters_in(form)
-        key = (form, tuple(models))
-        index: dict[Leaf, int] = {model: i for i, model in enumerate(models)}
         deltas = [leaf for leaf in adapters if isinstance(leaf, AdapterDelta)]
-        index |= {leaf: len(models) + i for i, leaf in enumerate(deltas)}
-        if adapters:
+        if form in self._mixes:
+            mix, whole = self._mixes[form]
+        else:
+            leaves: tuple[Leaf, ...] = (*form.models, *deltas)
+            index = {leaf: number for number, leaf in enumerate(leaves)}
             changes = {leaf.adapter: self._changes(leaf.adapter, name) for leaf in adapters}
             mix = compile_mix(form, index, self._anchor, changes)
-        elif key in self._mixes:
-            mix = self._mixes[key]
-        else:
-            mix = self._mixes[key] = compile_mix(form, index, self._anchor)
-        methods = load_methods()
-        whole = any(methods[node.method].access == "tensor" for node in applied_in(mix))
+            whole = _needs_whole(mix)
+            if not adapters:  # whose changes are another tensor's next time
+                self._mixes[form] = mix, whole
         return Compute(
             mix,
             tuple(reads),
             _precision(spec, reads, form),
-            whole or any(True for _ in baked_in(mix)),
+            whole,
             tuple(self._changes(leaf.adapter, name) for leaf in deltas),
         )
 
-    def _widths(
-        self, name: str, spec: TensorSpec, models: Sequence[str], reads: Sequence[Read]
-    ) -> _WideStep | None:
+    def _widths(self, name: str, spec: TensorSpec, reads: Sequence[Read]) -> _WideStep | None:
         """How to merge models that differ in their input channels; None where they do not.
 
         The models named anywhere in the formula decide, not the numbers, so that a parameter of 0
@@ -1016,15 +1014,19 @@ class _Planner:
         return _single(spec, read, "copied", f"{component} is taken from {model}")
 
     def _read(self, source: Source, name: str) -> Read:
-        actual = source.names[name]
-        return Read(self.index[source.name], actual, source.checkpoint[actual])
+        read = self._reads.get((source.name, name))
+        if read is None:
+            actual = source.names[name]
+            read = Read(self.index[source.name], actual, source.checkpoint[actual])
+            self._reads[source.name, name] = read
+        return read
 
     def _has(self, model: str, name: str) -> bool:
         return name in self.by_name[model].names
 
     def _lacking(self, form: Linear, name: str) -> list[str]:
         lacking = []
-        for model in dict.fromkeys(form.model_names()):
+        for model in form.models:
             if not self._has(model, name):
                 lacking.append(model)
             elif not self._read(self.by_name[model], name).spec.is_float:
@@ -1154,11 +1156,11 @@ class _WideStep:
     extra: Read
     name: str
 
-    def __call__(self, form: Linear, models: Sequence[str], reads: Sequence[Read]) -> Step:
+    def __call__(self, form: Linear, reads: Sequence[Read]) -> Step:
         narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
         wide = [term for term in form.terms if isinstance(term[0], AdapterDelta)]
         rest = Linear(tuple(term for term in form.terms if term not in wide))
-        common = self.planner._compute(rest, models, reads, narrow, self.name)
+        common = self.planner._compute(rest, reads, narrow, self.name)
         changes_of = self.planner._changes
         deltas = tuple(
             (weight, changes_of(leaf.adapter, self.name))
@@ -1198,6 +1200,14 @@ def _single(spec: TensorSpec, read: Read, action: Action, why: str) -> Step:
     cast = Compute(Mix(((1.0, 0),)), (read,), "F32")
     kept: Action = action if action == "carried" else "cast"
     return _bare(spec, kept, cast, f"{why}, {read.spec.dtype} to {spec.dtype}")
+
+
+def _needs_whole(mix: Mix) -> bool:
+    """Whether a mix needs the whole tensor at a time."""
+    methods = load_methods()
+    if any(methods[node.method].access == "tensor" for node in applied_in(mix)):
+        return True
+    return any(True for _ in baked_in(mix))
 
 
 def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precision:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 Kind = Literal["float", "int", "bool", "complex", "packed"]
@@ -85,12 +84,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar, 0 for an empty tensor."""
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data in a file."""
         return self.numel * DTYPES[self.dtype].bits // 8

@@ -571,7 +571,7 @@ def test_a_method_that_is_not_linear_is_a_leaf_with_its_numbers() -> None:
     assert (leaf.method, leaf.scalars, weight) == ("slerp", (("t", 0.25),), 1.0)
     assert [dict(model.terms) for model in leaf.models] == [{"A": 1.0}, {"A": 0.5, "B": 0.5}]
     assert form.terms[1:] == (("C", 0.5), ("D", -0.5))
-    assert list(form.model_names()) == ["A", "A", "B", "C", "D"]
+    assert form.models == ("A", "B", "C", "D")
 
 
 def test_a_form_reads_as_a_formula() -> None:

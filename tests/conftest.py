@@ -11,7 +11,9 @@ import torch
 from hypothesis import settings
 from models import shrunk, write_model
 
+# Two processes that each run torch with two threads slow each other down fourfold.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 settings.register_profile("ckptools", derandomize=True, deadline=None, database=None)
 settings.load_profile("ckptools")
 

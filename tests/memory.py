@@ -62,7 +62,7 @@ def program_of(
     scope = Scope(frozenset(reads), frozenset(params), {}, load_methods())
     formula = parse_formula(text)
     form = specialise(formula, scope, params)
-    used = list(dict.fromkeys(form.model_names()))
+    used = list(form.models)
     index = {name: number for number, name in enumerate(used)}
     mix = compile_mix(form, index, base_model(formula, scope))
     whole = any(load_methods()[node.method].access == "tensor" for node in applied_in(mix))

@@ -403,6 +403,34 @@ def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
     assert done.stderr == f"error: {os.strerror(errno.ENOSPC)}\n"
 
 
+# Ctrl-C in a callback that Python calls by itself, where it drops what is raised.
+LOST = """
+import signal, sys, time, weakref
+from ckptools import cli
+
+def command(**_):
+    class Thing: pass
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.{name}))
+    del thing
+    time.sleep(30)
+
+cli.group.main = command
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_that_python_would_drop_is_not_lost(name: str) -> None:
+    words = [sys.executable, "-c", LOST.format(name=name)]
+
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=25)
+
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; nothing was left behind\n"
+
+
 def test_no_arguments_show_the_help(capsys: Captured) -> None:
     assert run([]) == 2
 

@@ -6,11 +6,13 @@ Exit codes: 0 done · 1 a check failed · 2 wrong usage, recipe or I/O · 3 refu
 
 from __future__ import annotations
 
+import _thread
 import gc
 import importlib
 import io
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +31,7 @@ _TERMINATING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") e
 # and again takes a third of its time. Measured: 1.8 s from start to end, 1.05 s like this.
 _COLLECT_RARELY = (100_000, 50, 50)
 _CANCELLED = 130  # as shells report an end by Ctrl-C
+_SOON_S = 0.01  # until Python is done with the callback that lost an interruption
 
 
 class _Lazy(click.Group):
@@ -89,6 +92,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # a table in a locale that has no such letters
     for number in _TERMINATING:
         signal.signal(number, _on_terminate)
+    sys.unraisablehook = _interrupt_again
     code = run(sys.argv[1:])
     for number in (signal.SIGINT, *_TERMINATING):
         signal.signal(number, signal.SIG_IGN)  # it is done; its exit code should say so
@@ -154,3 +158,18 @@ def _usage_error(error: click.ClickException, command: str, *, as_json: bool) ->
 
 def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Where Python drops an interruption, as in a weak reference's callback, send it once more."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        threading.Timer(_SOON_S, _interrupt, (threading.get_ident(),)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _interrupt(thread: int) -> None:
+    if hasattr(signal, "pthread_kill"):  # which ends a wait, too
+        signal.pthread_kill(thread, signal.SIGTERM)
+    else:
+        _thread.interrupt_main(signal.SIGTERM)

@@ -19,7 +19,7 @@ from calls import calls_of
 from models import layout, model_values, shrunk, write_model, write_tensors
 from safetensors.torch import load_file
 
-from ckptools.family import Detection, detect, family_of, load_families
+from ckptools.family import Detection, _detect, detect, family_of, load_families
 from ckptools.keymap import key_map
 from ckptools.recipe import parse_recipe
 from ckptools.tensors import TensorSpec
@@ -695,7 +695,8 @@ def test_controlnets_are_the_same_in_both_layouts() -> None:
 def test_detection_looks_at_each_tensor_a_few_times() -> None:
     specs = layout("sdxl")
     detect(specs)
+    _detect.cache_clear()  # what was found, so that it is looked for again
 
     calls = calls_of(lambda: detect(specs))
 
-    assert len(specs) < calls < 100 * len(specs)  # measured: 35 for each of 2,515 tensors
+    assert 10 * len(specs) < calls < 100 * len(specs)  # measured: 35 for each of 2,515 tensors

@@ -3,6 +3,7 @@
     python benchmarks/bench.py                          SD1.5 and SDXL, 3 runs each
     python benchmarks/bench.py --family sd1 --runs 5
     python benchmarks/bench.py --peer-python ~/peers/bin/python --write docs/benchmarks.md
+    python benchmarks/bench.py --outputs /dev/shm       results written into memory, not to a disk
 
 Every figure is a whole process, start-up included. Programs take turns (A B C A B C …), so that a
 machine that slows down slows all of them; ratios are medians of the ratios within one turn.
@@ -36,7 +37,7 @@ ckptools: 1
 models: {models}
 params: {{M: {number}}}
 merge: {formula}
-output: {{path: out-ckptools.safetensors, overwrite: true}}
+output: {{path: {out}, overwrite: true}}
 """
 
 # What the web UIs do: every model whole in memory, arithmetic in the stored dtype, save_file.
@@ -160,31 +161,35 @@ def measure(command: Sequence[str], folder: Path) -> float:
     return seconds
 
 
-def programs(case: Case, folder: Path, peers: dict[str, str]) -> dict[str, list[str]]:
+def programs(
+    case: Case, folder: Path, outputs: Path, peers: dict[str, str]
+) -> dict[str, list[str]]:
     """Program -> command line, ours first."""
+    out = str(outputs / "out.safetensors")
     paths = [str(folder / f"{name}.safetensors") for name in case.files]
     models = "{" + ", ".join(f"{name}: {name}.safetensors" for name in case.files) + "}"
     recipe = folder / f"{case.name}.yaml"
     recipe.write_text(
-        RECIPE.format(models=models, number=case.number, formula=case.formula), encoding="utf-8"
+        RECIPE.format(models=models, number=case.number, formula=case.formula, out=out),
+        encoding="utf-8",
     )
     found = {
         "ckptools": [sys.executable, "-m", "ckptools", "merge", "-q", str(recipe)],
         "load all, save_file": [
             sys.executable, "-c", LOAD_ALL_BAKE if case.bakes else LOAD_ALL,
-            case.name, str(folder / "out.safetensors"), *paths
+            case.name, out, *paths
         ],
-        "cat inputs; cp A": ["sh", "-c", COPY, str(folder / "out.safetensors"), *paths],
-        ON_DISK: ["sh", "-c", COPY + FLUSH, str(folder / "out.safetensors"), *paths],
+        "cat inputs; cp A": ["sh", "-c", COPY, out, *paths],
+        ON_DISK: ["sh", "-c", COPY + FLUSH, out, *paths],
     }  # fmt: skip
     if "sd-mecha" in peers:
         found["sd-mecha"] = [
             peers["sd-mecha"], "-c", SD_MECHA_BAKE if case.bakes else SD_MECHA,
-            case.name, str(folder / "out.safetensors"), *paths
+            case.name, out, *paths
         ]  # fmt: skip
     if case.bakes:
         del found["cat inputs; cp A"], found[ON_DISK]
-        found["cp A"] = ["cp", paths[0], str(folder / "out.safetensors")]
+        found["cp A"] = ["cp", paths[0], out]
     needed = 1.2 * sum(Path(path).stat().st_size for path in (*paths, paths[0]))
     if needed > memory_bytes():
         print(f"  load all, save_file: left out, it needs {needed / 1e9:.0f} GB of memory")
@@ -214,9 +219,11 @@ def find_peers(peer_python: str) -> dict[str, str]:
     return {"sd-mecha": peer_python} if found.returncode == 0 else {}
 
 
-def run_case(case: Case, folder: Path, peers: dict[str, str], runs: int) -> dict[str, Runs]:
+def run_case(
+    case: Case, folder: Path, outputs: Path, peers: dict[str, str], runs: int
+) -> dict[str, Runs]:
     """All programs in turn, `runs` times, after one turn that looks at their memory."""
-    commands = programs(case, folder, peers)
+    commands = programs(case, folder, outputs, peers)
     results = {name: Runs() for name in commands}
     for turn in range(-1, runs):
         for name, command in commands.items():
@@ -233,7 +240,7 @@ def run_case(case: Case, folder: Path, peers: dict[str, str], runs: int) -> dict
             except RuntimeError as exc:
                 result.failed = str(exc)
             finally:
-                for path in folder.glob("out*"):
+                for path in outputs.glob("out*"):
                     path.unlink()
     return results
 
@@ -280,6 +287,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where to put the files (default: temporary)")
+    parser.add_argument("--outputs", type=Path, help="where to write results (default: beside)")
     parser.add_argument(
         "--write", type=Path, help="a document with bench:begin and bench:end marks"
     )
@@ -290,17 +298,20 @@ def main() -> None:
         "that of all processes together, shared pages counted once."
     ]
     for family in options.family or FAMILIES:
-        folder = Path(tempfile.mkdtemp(prefix=f"ckptools-bench-{family}-", dir=options.folder))
+        prefix = f"ckptools-bench-{family}-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=options.folder))
+        outputs = Path(tempfile.mkdtemp(prefix=prefix, dir=options.outputs or folder))
         try:
             wanted = options.case or [case.name for case in CASES]
             cases = [c for c in CASES if family in c.families and c.name in wanted]
             make_files(folder, family, cases)
             for case in cases:
                 print(f"{FAMILIES[family]}, {case.title}", flush=True)
-                results = run_case(case, folder, peers, options.runs)
+                results = run_case(case, folder, outputs, peers, options.runs)
                 parts.append(f"### {FAMILIES[family]} fp16, {case.title}\n\n{table(results)}")
         finally:
             shutil.rmtree(folder)
+            shutil.rmtree(outputs, ignore_errors=True)
     text = "\n\n".join(parts)
     print(text)
     if options.write:

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -159,6 +160,7 @@ class PartFile:
             if os.fstat(self._number).st_size:
                 os.truncate(self._number, 0)
             os.truncate(self._number, self.layout.file_bytes)
+            _reserve(self._number, self.layout.file_bytes)
             self._direct = _open_direct(self.layout.part)
             self.write(self.layout.header, 0)
         except OSError as exc:
@@ -412,6 +414,27 @@ def _open_locked(part: Path) -> int:
             os.close(number)
             raise
         os.close(number)
+
+
+def _reserve(number: int, nbytes: int) -> None:
+    """Take the file's room on the disk at once, where the system can: `OSError` where it lacks.
+
+    Writes into it need not look for room one by one. Not `posix_fallocate`: glibc writes a byte
+    into every block where the file system has no such call.
+    """
+    if not sys.platform.startswith("linux") or not nbytes:
+        return
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    except AttributeError:  # musl, whose offsets always have 64 bits, has the short name alone
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(number, 0, 0, nbytes):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+            return  # it has no such call, or a sandbox forbids it
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def _open_direct(part: Path) -> int:

@@ -5,6 +5,7 @@ Whatever happens, the output's name holds the old bytes or the whole new file, n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -388,7 +389,17 @@ class AtStart(Progress):
             self.action()
 
 
-def test_a_disk_that_fills_up_meanwhile_leaves_the_old_file(
+class WhenPlanned(Progress):
+    """Does something between the plan and the first byte of the output."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
+
+    def planned(self, plan: object) -> None:
+        self.action()
+
+
+def test_a_disk_that_fills_up_after_the_plan_leaves_the_old_file(
     models: Path, tmp_path: Path, mounted: Callable[[str], Path]
 ) -> None:
     disk = mounted("size=90m")
@@ -400,10 +411,31 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_old_file(
         (disk / "filler").write_bytes(bytes(40_000_000))
 
     with pytest.raises(OutputError, match="the disk is full; nothing was left behind") as caught:
-        merge(recipe, force=True, progress=AtStart(fill))
+        merge(recipe, force=True, progress=WhenPlanned(fill))
 
     assert caught.value.where == str(job.output)
     job.assert_untouched("filler")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is taken beforehand on Linux")
+def test_nobody_can_take_the_room_of_a_merge_that_has_begun(
+    models: Path, tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
+    disk = mounted("size=90m")
+    job = write_job(tmp_path, models, disk / "m.safetensors")
+    refused: list[int | None] = []
+
+    def fill() -> None:
+        try:
+            (disk / "filler").write_bytes(bytes(40_000_000))
+        except OSError as exc:
+            refused.append(exc.errno)
+            (disk / "filler").unlink()
+
+    merge(load_recipe(job.recipe), progress=AtStart(fill))
+
+    assert refused == [errno.ENOSPC]
+    assert job.output.stat().st_size > 60_000_000
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(

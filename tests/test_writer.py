@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import mmap
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -675,6 +677,52 @@ def test_large_writes_go_to_their_place_however_they_are_aligned(
     assert layout.path.read_bytes() == layout.header + data
     assert all(nbytes % writer.PAGE_BYTES == 0 for nbytes in direct)
     assert len(direct) == 3, "the shifted and the small one go the usual way"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is taken beforehand on Linux")
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        (errno.EOPNOTSUPP, ""),
+        (errno.ENOSYS, ""),
+        (errno.EPERM, ""),
+        (errno.EINTR, ""),
+        (errno.ENOSPC, "the disk is full; nothing was left behind"),
+        (errno.EDQUOT, "the disk is full; nothing was left behind"),
+        (errno.EFBIG, "larger than a file may be here"),
+        (errno.EIO, "cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fallocate64", "fallocate"])
+def test_room_that_cannot_be_taken_is_an_error_only_where_it_lacks(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, code: int, word: str, name: str
+) -> None:
+    """As glibc and musl name the call: on some file systems there is none, on a full disk no room.
+
+    An interrupted call is made again.
+    """
+    asked: list[tuple[int, int, int]] = []
+
+    def refuse(number: int, mode: int, offset: int, nbytes: int) -> int:
+        asked.append((mode, offset, nbytes))
+        if code == errno.EINTR and len(asked) > 1:
+            return 0
+        ctypes.set_errno(code)
+        return -1
+
+    system = SimpleNamespace(**{name: refuse})
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: system)
+
+    if word:
+        with pytest.raises(OutputError, match=word), PartFile(layout):
+            pytest.fail("there is no room")
+    else:
+        with PartFile(layout) as part:
+            part.commit()
+        assert layout.path.stat().st_size == layout.file_bytes
+
+    assert asked == [(0, 0, layout.file_bytes)] * (2 if code == errno.EINTR else 1)
+    assert not layout.part.exists()
 
 
 @direct_only

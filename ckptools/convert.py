@@ -29,7 +29,6 @@ from ckptools.keymap import KeyMap, key_map, key_map_ids
 from ckptools.manifest import (
     HASH_KEY,
     HASH_PLACEHOLDER,
-    manifest_path,
     names_local_path,
     version,
     with_hash,
@@ -41,6 +40,7 @@ from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.workflow import default_threads, peak_memory_bytes
 from ckptools.writer import (
+    PART_SUFFIX,
     Layout,
     PartFile,
     PartFolder,
@@ -49,6 +49,8 @@ from ckptools.writer import (
     index_path,
     lay_out,
     made_folder,
+    manifest_path,
+    may_be_replaced_by_manifest,
     open_parts,
     shard_paths,
     split_shards,
@@ -502,7 +504,9 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
     inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
     inside = {parent for path in inputs for parent in path.resolve().parents}
     resolved = output.resolve()
-    is_input = any(output.exists() and output.samefile(path) for path in inputs)
+    part = output.absolute().parent / (output.absolute().name + PART_SUFFIX)
+    written = [path for path in (output, part) if path.exists()]
+    is_input = any(place.samefile(path) for place in written for path in inputs)
     holds_input = target == "diffusers" and resolved in inside
     is_within = checkpoint.path.is_dir() and checkpoint.path.resolve() in resolved.parents
     if is_input or holds_input or is_within:
@@ -512,6 +516,12 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
         )
     if output.is_dir() and target == "single":
         raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
+    manifest = manifest_path(output)
+    if target == "single" and not may_be_replaced_by_manifest(manifest, force=request.force):
+        raise OutputError(
+            f"{str(manifest)!r} is in the way, and no manifest",
+            fix="remove it, or write elsewhere",
+        )
     if output.exists() and not request.force:
         raise OutputError(f"the output {str(output)!r} exists", fix="use --force to replace it")
     if output.exists() and target == "diffusers" and not _may_replace(output):

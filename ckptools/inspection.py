@@ -26,8 +26,11 @@ from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_
 from ckptools.folders import is_diffusers_folder
 from ckptools.hub import look
 from ckptools.lineage import Lineage, read_lineage
-from ckptools.manifest import MANIFEST_SCHEMA, MANIFEST_SUFFIX
 from ckptools.tensors import TensorSpec
+from ckptools.writer import (
+    MANIFEST_SCHEMA,
+    MANIFEST_SUFFIX,
+)
 
 if TYPE_CHECKING:
     from ckptools.adapters.inspection import Inspection as AdapterInspection

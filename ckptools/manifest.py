@@ -21,10 +21,11 @@ from ckptools.hubref import is_hub_text
 from ckptools.plan import Plan, Source
 from ckptools.recipe import ParamRef, Recipe, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
-from ckptools.writer import Layout
+from ckptools.writer import (
+    MANIFEST_SCHEMA,
+    Layout,
+)
 
-MANIFEST_SCHEMA = "ckptools.manifest/1"
-MANIFEST_SUFFIX = ".ckptools.json"
 HASH_KEY = "modelspec.hash_sha256"
 HASH_PLACEHOLDER = "0x" + "0" * 64
 _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -37,7 +38,7 @@ _STALE = {
     "sshs_legacy_hash", "ckptools.recipe", "ckptools.version",
 }  # fmt: skip
 _LOCAL_PATH = re.compile(
-    r"\bfile:/|(?<![\w.~/+-])(?:/[\w.~-]+/[^\s\"']|~\w*/|[a-z]:[\\/]|\\\\\w)", re.IGNORECASE
+    r"\bfile:/|(?<![\w.~/+-])(?:/{1,2}[\w.~-]+/[^\s\"']|~\w*/|[a-z]:[\\/]|\\\\\w)", re.IGNORECASE
 )
 _WEB = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s\"']*", re.IGNORECASE)
 
@@ -322,11 +323,6 @@ def with_hash(layout: Layout, sha256: str) -> Layout:
 
 
 # --- beside the file ---------------------------------------------------------------------------
-
-
-def manifest_path(output: Path) -> Path:
-    """`x.safetensors` -> `x.safetensors.ckptools.json`."""
-    return output.with_name(output.name + MANIFEST_SUFFIX)
 
 
 def manifest_document(

@@ -76,7 +76,15 @@ from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.writer import index_path, lay_out, shard_paths, split_shards
+from ckptools.writer import (
+    PART_SUFFIX,
+    index_path,
+    lay_out,
+    manifest_path,
+    may_be_replaced_by_manifest,
+    shard_paths,
+    split_shards,
+)
 
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
@@ -1291,8 +1299,24 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
     inputs = [file.path for checkpoint in opened for file in checkpoint.files]
     inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
-    for path in plan.outputs:
-        if any(_same_file(path, other) for other in inputs):
+    manifest = manifest_path(plan.recipe.output_path)
+    for path in (*plan.outputs, manifest):
+        part = path.with_name(path.name + PART_SUFFIX)
+        if any(_same_file(part, other) for other in inputs):
+            yield OutputError(
+                f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one of "
+                "the inputs",
+                where=where,
+                fix="write to another file",
+            )
+        elif path == manifest:
+            if not may_be_replaced_by_manifest(path, force=force):
+                yield OutputError(
+                    f"{os.path.normpath(path)!r} is in the way, and no manifest",
+                    where=where,
+                    fix="remove it, or write elsewhere",
+                )
+        elif any(_same_file(path, other) for other in inputs):
             yield OutputError(
                 f"the output {os.path.normpath(path)!r} is one of the inputs",
                 where=where,

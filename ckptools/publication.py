@@ -60,7 +60,6 @@ from ckptools.hubref import (
     shown,
 )
 from ckptools.manifest import (
-    MANIFEST_SUFFIX,
     merge_id,
     names_local_path,
     without_addresses,
@@ -69,6 +68,9 @@ from ckptools.manifest import (
 from ckptools.pickles import is_pickle
 from ckptools.soundness import verify_source
 from ckptools.sources import open_checkpoint
+from ckptools.writer import (
+    MANIFEST_SUFFIX,
+)
 
 if TYPE_CHECKING:
     from ckptools.recipe import Recipe

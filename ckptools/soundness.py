@@ -37,8 +37,6 @@ from ckptools.hashing import (
 from ckptools.hub import look
 from ckptools.manifest import (
     HASH_KEY,
-    MANIFEST_SCHEMA,
-    MANIFEST_SUFFIX,
     embedded_metadata,
     with_hash,
 )
@@ -47,7 +45,12 @@ from ckptools.progress import Progress as MergeProgress
 from ckptools.recipe import Recipe
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.workflow import check_pins, planned, tasks_of
-from ckptools.writer import Layout, lay_out
+from ckptools.writer import (
+    MANIFEST_SCHEMA,
+    MANIFEST_SUFFIX,
+    Layout,
+    lay_out,
+)
 
 if TYPE_CHECKING:
     from ckptools.measure import Values

@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.checkpoint import file_sha256
+from ckptools.checkpoint import file_sha256, read_json_object
 from ckptools.crew import usable_cores
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import (
     embedded_metadata,
     manifest_document,
-    manifest_path,
     with_hash,
 )
 from ckptools.plan import Plan, Source, Step, make_plan
@@ -38,6 +37,7 @@ from ckptools.writer import (
     index_path,
     lay_out,
     made_folder,
+    manifest_path,
     open_parts,
     sync_folder,
     whole_file,
@@ -319,12 +319,17 @@ def _write(
 
 
 def _stale_shards(plan: Plan) -> list[Path]:
-    """Shards of an output that this one replaces, cut in another number of files."""
+    """Shards that the index of the output that this one replaces names, and this one does not."""
     output = plan.recipe.output_path
     pattern = re.compile(rf"{re.escape(output.stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    if len(plan.shards) == 1 or not index_path(output).exists():
+    if len(plan.shards) == 1:
         return []
-    there = sorted(path for path in output.parent.iterdir() if pattern.fullmatch(path.name))
+    try:
+        named = (read_json_object(index_path(output)) or {}).get("weight_map")
+    except InputError:  # nobody knows what belonged to it
+        return []
+    names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+    there = [output.parent / name for name in sorted(names) if pattern.fullmatch(name)]
     inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
     kept = {path.resolve() for path in (*plan.outputs, *inputs)}
     return [path for path in there if path.resolve() not in kept]

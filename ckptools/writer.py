@@ -26,6 +26,8 @@ from ckptools.interrupts import held_back
 from ckptools.tensors import TensorSpec, file_order
 
 PART_SUFFIX = ".part"
+MANIFEST_SUFFIX = ".ckptools.json"
+MANIFEST_SCHEMA = "ckptools.manifest/1"
 PAGE_BYTES = 4096  # what direct writes are aligned to: no disk's block is larger
 _DIRECT_BYTES = 1 << 16  # smaller ones are better gathered by the system
 
@@ -119,6 +121,24 @@ def shard_paths(path: Path, count: int) -> list[Path]:
 def index_path(path: Path) -> Path:
     """The index beside the shards of `x.safetensors`."""
     return path.with_name(f"{path.name}.index.json")
+
+
+def manifest_path(output: Path) -> Path:
+    """`x.safetensors` -> `x.safetensors.ckptools.json`."""
+    return output.with_name(output.name + MANIFEST_SUFFIX)
+
+
+def may_be_replaced_by_manifest(path: Path, *, force: bool) -> bool:
+    """Whether nothing is at a manifest's place, or a manifest; by force, any file."""
+    if not os.path.lexists(path):
+        return True
+    if force or not path.is_file():
+        return path.is_file()
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("schema") == MANIFEST_SCHEMA
 
 
 def index_document(layouts: Sequence[Layout]) -> bytes:
@@ -286,23 +306,24 @@ class PartFolder:
 
     def commit(self) -> None:
         """Give the folder its final name; a folder of that name is put aside, then removed."""
-        old = self.path.with_name(self.path.name + ".old")
+        old = _free_name(self.path) if self.path.exists() else None
         try:
             with held_back():
                 self._close()
                 (self.part / self._LOCK).unlink()
-                if self.path.exists():
+                if old:
                     self.path.replace(old)
                 try:
                     self.part.replace(self.path)
                 except OSError:
-                    if old.exists():
+                    if old:
                         old.replace(self.path)
                     raise
         except OSError as exc:
             _remove(self.part)
             raise output_error(exc, self.path) from exc
-        _remove(old)
+        if old:
+            _remove(old)
         sync_folder(self.path.parent)
 
     def _close(self) -> None:
@@ -330,6 +351,12 @@ def commit_parts(parts: Sequence[PartFile]) -> None:
     with held_back():
         for part in parts:
             part.commit()
+
+
+def _free_name(path: Path) -> Path:
+    """A name beside a path that nobody uses: `x.old`, `x.old2`, …"""
+    names = (path.with_name(f"{path.name}.old{number or ''}") for number in (0, *range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _remove(path: Path) -> None:
@@ -409,6 +436,11 @@ def _open_locked(part: Path) -> int:
         try:
             _lock(number, part)
             if _is_open_as(number, part):
+                if os.fstat(number).st_nlink > 1:
+                    raise OutputError(
+                        f"{str(part)!r} is in the way: a file with other names, too",
+                        fix="remove it, or write elsewhere",
+                    )
                 return number
         except BaseException:
             os.close(number)

@@ -579,6 +579,31 @@ def test_a_stale_manifest_goes_with_the_file_it_was_of(sd1: Path, tmp_path: Path
     assert not manifest.exists()
 
 
+def test_what_is_no_manifest_is_left_alone(sd1: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    manifest = tmp_path / "out.safetensors.ckptools.json"
+    manifest.write_text("mine")
+    with pytest.raises(OutputError, match="is in the way, and no manifest"):
+        convert(Request(sd1, output))
+
+    assert manifest.read_text() == "mine"
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(OutputError, match="is in the way, and no manifest"):
+        convert(Request(sd1, output, force=True))
+
+    assert not output.exists()
+
+
+def test_an_input_where_the_output_lies_meanwhile_is_left_alone(sd1: Path, tmp_path: Path) -> None:
+    source = tmp_path / "out.safetensors.part"
+    source.write_bytes(sd1.read_bytes())
+    with pytest.raises(OutputError, match="is, or holds, the input"):
+        convert(Request(source, tmp_path / "out.safetensors"))
+
+    assert source.read_bytes() == sd1.read_bytes()
+
+
 def test_a_vae_in_a_refiner_needs_settings_from_elsewhere(tmp_path: Path) -> None:
     source = write_model(tmp_path / "A.safetensors", shrunk("sdxl-refiner", 64), seed=9)
 

@@ -26,10 +26,10 @@ from models import UNET, model_values, shrunk, write_model
 
 from ckptools.checkpoint import read_header
 from ckptools.errors import CkptError, InputError, NonFiniteError, OutputError
-from ckptools.manifest import manifest_path
 from ckptools.progress import Progress
 from ckptools.recipe import load_recipe
 from ckptools.workflow import merge
+from ckptools.writer import manifest_path
 
 OLD = b"the model of yesterday, dear to somebody"
 COMMAND = [sys.executable, "-m", "ckptools", "merge", "--force"]

@@ -20,11 +20,11 @@ from models import shrunk, with_channels, write_model
 from safetensors import safe_open
 
 from ckptools.errors import OutputError
-from ckptools.manifest import HASH_KEY, MANIFEST_SCHEMA, manifest_path, names_local_path, versions
+from ckptools.manifest import HASH_KEY, names_local_path, versions
 from ckptools.recipe import load_recipe
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import MergeResult, merge
-from ckptools.writer import PartFile
+from ckptools.writer import MANIFEST_SCHEMA, PartFile, manifest_path
 
 Metadata = dict[str, str]
 
@@ -230,6 +230,7 @@ LOCAL = [
     r"C:\models\x", "d:/x", r"\\nas\share\x", '{"path":"/mnt/data/x"}', r'{"p":"\/mnt\/data"}',
     "a;/opt/x/y", "<path>/opt/x/y</path>", "(/a/b/c)", "path=/a/b", "[/a/b]", "{/a/b}", "|/a/b",
     "https://x.org and /a/b", json.dumps({"p": r"C:\x\y"}), "`/a/b`", "line\n/a/b", "'~/x'",
+    "//nas/share/me/x.ckpt",
 ]  # fmt: skip
 PUBLIC = [
     "", "https://example.org/a/b/c", "and/or/both", "1/2/3", "hf://org/repo/file", "models/x.ckpt",

@@ -965,6 +965,49 @@ def test_an_input_that_is_a_link_to_the_output_is_refused(
     assert error.what.endswith("is one of the inputs")
 
 
+@pytest.mark.parametrize("suffix", [".part", ".ckptools.json.part"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_input_where_the_output_lies_meanwhile_is_refused(
+    abc: dict[str, Path], own: Path, planned: Planned, tmp_path: Path, suffix: str, force: bool
+) -> None:
+    taken = tmp_path / f"new.safetensors{suffix}"
+    os.link(own, taken)
+    models = {"A": own, "B": abc["B"]}
+    error = only_error(
+        lambda: planned(models, "A * 0.5 + B * 0.5", output="new.safetensors", force=force)
+    )
+
+    assert isinstance(error, OutputError)
+    assert error.what.endswith("where the output lies until it is whole, is one of the inputs")
+
+
+@pytest.mark.parametrize("kind", ["folder", "text", "other JSON", "manifest"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_manifest_is_not_replaced_by_one(
+    abc: dict[str, Path], planned: Planned, tmp_path: Path, kind: str, force: bool
+) -> None:
+    """Of files, none without force; a folder never: the model would have its name by then."""
+    place = tmp_path / "new.safetensors.ckptools.json"
+    if kind == "folder":
+        place.mkdir()
+    else:
+        texts = {
+            "text": "mine",
+            "other JSON": "[1]",
+            "manifest": '{"schema": "ckptools.manifest/1"}',
+        }
+        place.write_text(texts[kind])
+
+    def plan() -> object:
+        return planned({"A": abc["A"], "B": abc["B"]}, "A * 0.5 + B * 0.5",
+                       output="new.safetensors", force=force)  # fmt: skip
+
+    if kind == "manifest" or (force and kind != "folder"):
+        plan()
+    else:
+        assert only_error(plan).what.endswith("is in the way, and no manifest")
+
+
 def test_an_existing_output_is_refused_without_force(
     abc: dict[str, Path], planned: Planned, tmp_path: Path
 ) -> None:
@@ -1171,6 +1214,22 @@ def test_other_shards_of_a_replaced_output_are_removed(
     index = json.loads((tmp_path / "x.safetensors.index.json").read_text())
     assert shards == set(index["weight_map"].values())
     assert "shards of the replaced output are removed" in result.notes[-1]
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {}}', '{"weight_map": [1]}', "{}", "no JSON"])
+def test_shards_that_the_replaced_index_does_not_name_are_left_alone(
+    sd1_models: tuple[Path, Path, Path], tmp_path: Path, index: str
+) -> None:
+    a, b, _ = sd1_models
+    text = f"ckptools: 1\nmodels: {{A: {a}, B: {b}}}\nmerge: 0.5*A + 0.5*B\n"
+    text += "output: {path: x.safetensors, shard_size: 1MB}\n"
+    other = tmp_path / "x-00001-of-00009.safetensors"
+    other.write_text("another's")
+    (tmp_path / "x.safetensors.index.json").write_text(index)
+    result = merge(parse_recipe(text, tmp_path / "r.yaml"), force=True)
+
+    assert other.read_text() == "another's"
+    assert not any("removed" in note for note in result.notes)
 
 
 def test_an_output_that_is_a_link_stays_one(

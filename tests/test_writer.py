@@ -366,6 +366,35 @@ def needs_locks() -> None:
     pytest.importorskip("fcntl", reason="this system has no flock")
 
 
+def test_a_part_that_has_another_name_too_is_left_alone(layout: Layout, tmp_path: Path) -> None:
+    """As a hard link to a model has: writing into it would destroy the model."""
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"dear")
+    os.link(model, layout.part)
+
+    with pytest.raises(OutputError, match="is in the way: a file with other names"):
+        PartFile(layout).__enter__()
+
+    assert model.read_bytes() == layout.part.read_bytes() == b"dear"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_beside_with_the_name_of_an_old_one_is_left_alone(
+    tmp_path: Path, replaced: bool
+) -> None:
+    path, beside = tmp_path / "x", tmp_path / "x.old"
+    beside.mkdir()
+    if replaced:
+        path.mkdir()
+        (path / "old").touch()
+    with PartFolder(path) as folder:
+        (folder.part / "new").touch()
+        folder.commit()
+
+    assert sorted(tmp_path.iterdir()) == [path, beside]
+    assert [item.name for item in path.iterdir()] == ["new"]
+
+
 def test_a_part_that_another_process_writes_is_refused(layout: Layout) -> None:
     needs_locks()
     with subprocess.Popen(

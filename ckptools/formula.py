@@ -707,9 +707,13 @@ class Linear:
         for leaf, value in other.terms:
             sums[leaf] = sums.get(leaf, 0.0) + value
             sizes[leaf] = sizes.get(leaf, 0.0) + abs(value)
-        # what is left of 0.1 + 0.2 - 0.3 is not a coefficient
+        # what is left of 0.1 + 0.2 - 0.3 is not a coefficient; an overflow is kept to be told
         return Linear(
-            tuple((leaf, value) for leaf, value in sums.items() if abs(value) > 1e-15 * sizes[leaf])
+            tuple(
+                (leaf, value)
+                for leaf, value in sums.items()
+                if not abs(value) <= 1e-15 * sizes[leaf] < math.inf
+            )
         )
 
     def __sub__(self, other: Linear) -> Linear:
@@ -799,7 +803,7 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
     """The formula with its parameters' values put in: what one tensor's merge is.
 
     value_of  parameter name -> its value for the tensor in hand
-    Raises `RecipeError` where the values leave a method's bounds or divide by zero.
+    Raises `RecipeError` where the values leave a method's bounds, divide by zero or overflow.
     """
 
     numbers_of_lets: dict[str, float] = {}
@@ -819,7 +823,11 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
                 x, y = scalar(left, inside), scalar(right, inside)
                 if op == "/" and y == 0:
                     raise inside.error("division by zero", right.column)
-                return {"+": x + y, "-": x - y, "*": x * y}[op] if op != "/" else x / y
+                return _finite(
+                    {"+": x + y, "-": x - y, "*": x * y}[op] if op != "/" else x / y,
+                    inside,
+                    expr.column,
+                )
         raise inside.error("a method does not give a number", expr.column)
 
     def form(expr: Expr, inside: Formula) -> Linear:
@@ -879,7 +887,33 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             return model
         return Linear.of(Baked(model, bake.adapter.id, strength))
 
-    return form(formula.tree, formula)
+    return _all_finite(form(formula.tree, formula), formula)
+
+
+def _all_finite(form: Linear, inside: Formula) -> Linear:
+    """The form, or `RecipeError` where one of its coefficients is NaN or Inf."""
+    for value in _coefficients(form):
+        _finite(value, inside, inside.tree.column)
+    return form
+
+
+def _finite(value: float, inside: Formula, column: int) -> float:
+    """The value, or `RecipeError` where it is NaN or Inf."""
+    if not math.isfinite(value):
+        what = "with these numbers a coefficient is too large"
+        raise inside.error(what, column, "check the parameters")
+    return value
+
+
+def _coefficients(form: Linear) -> Iterator[float]:
+    """Every coefficient of a form, those within methods and bakes included."""
+    for leaf, value in form.terms:
+        yield value
+        if isinstance(leaf, Applied):
+            for model in leaf.models:
+                yield from _coefficients(model)
+        elif isinstance(leaf, Baked):
+            yield from _coefficients(leaf.model)
 
 
 def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:

@@ -54,7 +54,7 @@ MIN_SHARD_BYTES = 1_000_000
 MAX_SWEEP_VALUES = 100
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\s*\Z")
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*((?:[kMGT]i?)?)B?\s*\Z")
 _SIZE_FACTORS = {
     "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
     "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,

@@ -387,6 +387,21 @@ def test_an_error_within_a_let_points_into_the_let() -> None:
     assert "division by zero" in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("A + B * (M * M)", 1e200),
+        ("A + (B - C) / M", 1e-310),
+        ("A + B * M * M", 1e200),
+        ("slerp(A * M * M, B)", 1e200),
+        ("A + (B - C) * (M - M * 2 * M / M)", 1e308),
+    ],
+)
+def test_a_coefficient_that_overflows_is_refused(text: str, value: float) -> None:
+    with pytest.raises(RecipeError, match="a coefficient is too large"):
+        specialise(parse_formula(text), scope(), {"M": value})
+
+
 # --- base --------------------------------------------------------------------------------------
 
 

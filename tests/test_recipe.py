@@ -345,6 +345,7 @@ OUTPUT_MISTAKES = [
     ("{path: o.safetensors, dtype: {vae: F16}}", "unknown dtype 'F16'", "known: bf16"),
     ("{path: o.safetensors, dtype: [fp16]}", "dtype must be text, it is a list", "value"),
     ("{path: o.safetensors, shard_size: big}", "shard_size must be a size, it is 'big'", "5GB"),
+    ("{path: o.safetensors, shard_size: 5000000i}", "shard_size must be a size", "5GB"),
     ("{path: o.safetensors, shard_size: 10kB}", "shard_size of 10,000 bytes is below 1 MB", "5GB"),
     ("{path: o.safetensors, metadata: x}", "metadata must be a mapping, it is 'x'", "key: value"),
     ("{path: o.safetensors, metadata: {a: [1]}}", "metadata 'a' must be text", "value"),

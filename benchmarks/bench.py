@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -299,19 +298,18 @@ def main() -> None:
     ]
     for family in options.family or FAMILIES:
         prefix = f"ckptools-bench-{family}-"
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=options.folder))
-        outputs = Path(tempfile.mkdtemp(prefix=prefix, dir=options.outputs or folder))
-        try:
+        with (
+            tempfile.TemporaryDirectory(prefix=prefix, dir=options.folder) as inputs,
+            tempfile.TemporaryDirectory(prefix=prefix, dir=options.outputs or inputs) as results,
+        ):
+            folder, outputs = Path(inputs), Path(results)
             wanted = options.case or [case.name for case in CASES]
             cases = [c for c in CASES if family in c.families and c.name in wanted]
             make_files(folder, family, cases)
             for case in cases:
                 print(f"{FAMILIES[family]}, {case.title}", flush=True)
-                results = run_case(case, folder, outputs, peers, options.runs)
-                parts.append(f"### {FAMILIES[family]} fp16, {case.title}\n\n{table(results)}")
-        finally:
-            shutil.rmtree(folder)
-            shutil.rmtree(outputs, ignore_errors=True)
+                runs = run_case(case, folder, outputs, peers, options.runs)
+                parts.append(f"### {FAMILIES[family]} fp16, {case.title}\n\n{table(runs)}")
     text = "\n\n".join(parts)
     print(text)
     if options.write:

@@ -33,14 +33,13 @@ from ckptools.manifest import (
     version,
     with_hash,
 )
-from ckptools.plan import existing_folder
+from ckptools.plan import existing_folder, manifest_problem
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.workflow import default_threads, peak_memory_bytes
 from ckptools.writer import (
-    PART_SUFFIX,
     Layout,
     PartFile,
     PartFolder,
@@ -50,8 +49,8 @@ from ckptools.writer import (
     lay_out,
     made_folder,
     manifest_path,
-    may_be_replaced_by_manifest,
     open_parts,
+    part_path,
     shard_paths,
     split_shards,
     sync_folder,
@@ -504,8 +503,7 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
     inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
     inside = {parent for path in inputs for parent in path.resolve().parents}
     resolved = output.resolve()
-    part = output.absolute().parent / (output.absolute().name + PART_SUFFIX)
-    written = [path for path in (output, part) if path.exists()]
+    written = [path for path in (output, part_path(output.absolute())) if path.exists()]
     is_input = any(place.samefile(path) for place in written for path in inputs)
     holds_input = target == "diffusers" and resolved in inside
     is_within = checkpoint.path.is_dir() and checkpoint.path.resolve() in resolved.parents
@@ -516,12 +514,9 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
         )
     if output.is_dir() and target == "single":
         raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
-    manifest = manifest_path(output)
-    if target == "single" and not may_be_replaced_by_manifest(manifest, force=request.force):
-        raise OutputError(
-            f"{str(manifest)!r} is in the way, and no manifest",
-            fix="remove it, or write elsewhere",
-        )
+    in_the_way = manifest_problem(output, force=request.force) if target == "single" else None
+    if in_the_way:
+        raise in_the_way
     if output.exists() and not request.force:
         raise OutputError(f"the output {str(output)!r} exists", fix="use --force to replace it")
     if output.exists() and target == "diffusers" and not _may_replace(output):

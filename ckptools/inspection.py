@@ -27,10 +27,7 @@ from ckptools.folders import is_diffusers_folder
 from ckptools.hub import look
 from ckptools.lineage import Lineage, read_lineage
 from ckptools.tensors import TensorSpec
-from ckptools.writer import (
-    MANIFEST_SCHEMA,
-    MANIFEST_SUFFIX,
-)
+from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX
 
 if TYPE_CHECKING:
     from ckptools.adapters.inspection import Inspection as AdapterInspection

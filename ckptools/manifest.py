@@ -21,10 +21,7 @@ from ckptools.hubref import is_hub_text
 from ckptools.plan import Plan, Source
 from ckptools.recipe import ParamRef, Recipe, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
-from ckptools.writer import (
-    MANIFEST_SCHEMA,
-    Layout,
-)
+from ckptools.writer import MANIFEST_SCHEMA, Layout
 
 HASH_KEY = "modelspec.hash_sha256"
 HASH_PLACEHOLDER = "0x" + "0" * 64

@@ -24,7 +24,7 @@ from ckptools.baking import (
     numbers_of,
     over_base,
 )
-from ckptools.checkpoint import Checkpoint, json_beside
+from ckptools.checkpoint import Checkpoint, json_beside, read_json_object
 from ckptools.copies import as_copy, usual_names
 from ckptools.errors import (
     CkptError,
@@ -77,11 +77,11 @@ from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, m
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.writer import (
-    PART_SUFFIX,
+    MANIFEST_SCHEMA,
     index_path,
     lay_out,
     manifest_path,
-    may_be_replaced_by_manifest,
+    part_path,
     shard_paths,
     split_shards,
 )
@@ -1299,9 +1299,7 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
     inputs = [file.path for checkpoint in opened for file in checkpoint.files]
     inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
-    manifest = manifest_path(plan.recipe.output_path)
-    for path in (*plan.outputs, manifest):
-        part = path.with_name(path.name + PART_SUFFIX)
+    for part in map(part_path, (*plan.outputs, manifest_path(plan.recipe.output_path))):
         if any(_same_file(part, other) for other in inputs):
             yield OutputError(
                 f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one of "
@@ -1309,14 +1307,11 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
                 where=where,
                 fix="write to another file",
             )
-        elif path == manifest:
-            if not may_be_replaced_by_manifest(path, force=force):
-                yield OutputError(
-                    f"{os.path.normpath(path)!r} is in the way, and no manifest",
-                    where=where,
-                    fix="remove it, or write elsewhere",
-                )
-        elif any(_same_file(path, other) for other in inputs):
+    in_the_way = manifest_problem(plan.recipe.output_path, force=force)
+    if in_the_way:
+        yield in_the_way.at(where)
+    for path in plan.outputs:
+        if any(_same_file(path, other) for other in inputs):
             yield OutputError(
                 f"the output {os.path.normpath(path)!r} is one of the inputs",
                 where=where,
@@ -1344,6 +1339,26 @@ def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
             where=where,
             fix="free some space, or write to another disk",
         )
+
+
+def manifest_problem(output: Path, *, force: bool) -> OutputError | None:
+    """What is wrong with the place of an output's manifest: another's file, or a folder.
+
+    By force any file is replaced; a folder cannot be.
+    """
+    path = manifest_path(output)
+    if not os.path.lexists(path) or (force and path.is_file()):
+        return None
+    try:
+        document = read_json_object(path) or {}
+    except InputError:
+        document = {}
+    if document.get("schema") == MANIFEST_SCHEMA:
+        return None
+    return OutputError(
+        f"{os.path.normpath(path)!r} is in the way, and no manifest",
+        fix="remove it, or write elsewhere",
+    )
 
 
 def existing_folder(folder: Path) -> Path:

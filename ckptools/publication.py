@@ -59,18 +59,11 @@ from ckptools.hubref import (
     parse_hub_ref,
     shown,
 )
-from ckptools.manifest import (
-    merge_id,
-    names_local_path,
-    without_addresses,
-    written_formula,
-)
+from ckptools.manifest import merge_id, names_local_path, without_addresses, written_formula
 from ckptools.pickles import is_pickle
 from ckptools.soundness import verify_source
 from ckptools.sources import open_checkpoint
-from ckptools.writer import (
-    MANIFEST_SUFFIX,
-)
+from ckptools.writer import MANIFEST_SUFFIX
 
 if TYPE_CHECKING:
     from ckptools.recipe import Recipe

@@ -18,17 +18,12 @@ from typing import Any, NoReturn
 from ckptools.checkpoint import Checkpoint, Header, open_file, read_header
 from ckptools.errors import CkptError, InputError, OutputError, UnsafeError, UsageError, raise_all
 from ckptools.hubref import HubRef, hub_ref_of, is_hub_text, is_safe_file, parse_hub_ref
-from ckptools.manifest import (
-    versions,
-)
+from ckptools.manifest import versions
 from ckptools.progress import Progress
 from ckptools.recipe import ModelRef, Recipe, parse_recipe
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import MergeResult, merge
-from ckptools.writer import (
-    MANIFEST_SCHEMA,
-    MANIFEST_SUFFIX,
-)
+from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX
 
 MAX_MANIFEST_BYTES = 16_000_000
 _COMPARED = 1 << 20

@@ -35,22 +35,13 @@ from ckptools.hashing import (
     stream_file,
 )
 from ckptools.hub import look
-from ckptools.manifest import (
-    HASH_KEY,
-    embedded_metadata,
-    with_hash,
-)
+from ckptools.manifest import HASH_KEY, embedded_metadata, with_hash
 from ckptools.plan import Plan
 from ckptools.progress import Progress as MergeProgress
 from ckptools.recipe import Recipe
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.workflow import check_pins, planned, tasks_of
-from ckptools.writer import (
-    MANIFEST_SCHEMA,
-    MANIFEST_SUFFIX,
-    Layout,
-    lay_out,
-)
+from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX, Layout, lay_out
 
 if TYPE_CHECKING:
     from ckptools.measure import Values

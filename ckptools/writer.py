@@ -57,7 +57,7 @@ class Layout:
     @property
     def part(self) -> Path:
         """Where the bytes lie until the file is whole."""
-        return self.path.with_name(self.path.name + PART_SUFFIX)
+        return part_path(self.path)
 
 
 def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str], path: Path) -> Layout:
@@ -123,22 +123,14 @@ def index_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.index.json")
 
 
+def part_path(path: Path) -> Path:
+    """Where `path` lies until it is whole: `x.safetensors.part`."""
+    return path.parent / (path.name + PART_SUFFIX)
+
+
 def manifest_path(output: Path) -> Path:
     """`x.safetensors` -> `x.safetensors.ckptools.json`."""
     return output.with_name(output.name + MANIFEST_SUFFIX)
-
-
-def may_be_replaced_by_manifest(path: Path, *, force: bool) -> bool:
-    """Whether nothing is at a manifest's place, or a manifest; by force, any file."""
-    if not os.path.lexists(path):
-        return True
-    if force or not path.is_file():
-        return path.is_file()
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.get("schema") == MANIFEST_SCHEMA
 
 
 def index_document(layouts: Sequence[Layout]) -> bytes:
@@ -273,7 +265,7 @@ class PartFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.part = path.with_name(path.name + PART_SUFFIX)
+        self.part = part_path(path)
         self._number = -1
 
     def __enter__(self) -> Self:
@@ -456,10 +448,9 @@ def _reserve(number: int, nbytes: int) -> None:
     """
     if not sys.platform.startswith("linux") or not nbytes:
         return
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    except AttributeError:  # musl, whose offsets always have 64 bits, has the short name alone
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    system = ctypes.CDLL(None, use_errno=True)
+    # musl, whose offsets always have 64 bits, has the short name alone
+    fallocate = getattr(system, "fallocate64", None) or system.fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     while fallocate(number, 0, 0, nbytes):
         code = ctypes.get_errno()

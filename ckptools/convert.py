@@ -36,6 +36,7 @@ from ckptools.manifest import (
 from ckptools.plan import existing_folder, manifest_problem
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
+from ckptools.quantised import not_numbers, quantised_in
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.workflow import default_threads, peak_memory_bytes
@@ -245,6 +246,7 @@ class _Planner:
         names = self._names()
         components = sorted({self._component_of(name) for name in names})
         self._check_components(components)
+        self._check_codes()
         if self.request.component:
             names = {
                 n: o for n, o in names.items() if self._component_of(n) == self.request.component
@@ -317,6 +319,17 @@ class _Planner:
             split = self.map.split(name)
             return split[0].id if split else component
         return component
+
+    def _check_codes(self) -> None:
+        """Quantised weights keep their dtype, or their scales would speak of other numbers."""
+        dtypes = self.request.dtypes
+        stored = {
+            name: how
+            for name, how in quantised_in(self.checkpoint).items()
+            if dtypes.get(self._component_of(name), dtypes.get("default", KEEP)) != KEEP
+        }
+        if stored:
+            raise not_numbers(stored).at(str(self.request.source))
 
     def _check_components(self, there: Sequence[str]) -> None:
         asked = [self.request.component] if self.request.component else []

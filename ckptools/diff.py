@@ -19,6 +19,7 @@ from ckptools.checkpoint import Checkpoint
 from ckptools.errors import InputError
 from ckptools.family import Detection, Family, detect, family_of
 from ckptools.hubref import is_local
+from ckptools.quantised import quantised_in
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
 
@@ -378,10 +379,16 @@ def _missing_in_words(found: Difference) -> list[str]:
 
 
 def _notes(found: Difference) -> list[str]:
+    notes = []
+    for side, model in (("A", found.a), ("B", found.b)):
+        stored = quantised_in(model.checkpoint)
+        if stored and found.groups:
+            how = " and ".join(sorted(set(stored.values())))
+            notes.append(f"{side} holds {how}: its codes were compared, not the weights they mean")
     total = found.groups.get("all")
     if total is not None and total.nonfinite:
-        return [f"{total.nonfinite:,} values are NaN or Inf; norms leave them out"]
-    return []
+        notes.append(f"{total.nonfinite:,} values are NaN or Inf; norms leave them out")
+    return notes
 
 
 def _rounded(found: Difference, changed: set[str]) -> str:

@@ -113,6 +113,78 @@ def from_diffusers(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def as_component(checkpoint: Checkpoint, family: str, ids: Sequence[str]) -> Checkpoint | None:
+    """Parts of a model from a file of their own, under the names of a family's single files.
+
+    ids  the components that the file is to be: text_encoder, vae …
+    A text encoder's names may be those of transformers or of the family, with the prefixes that
+    stand before them in other tools' files. None where the family has no such names; tensors that
+    it has none for are left out, with a warning. Raises `InputError` for tensors that do not make a
+    whole.
+    """
+    view = _View()
+    parts = _parts(view, checkpoint)
+    used: set[str] = set()
+    for id_ in ids if family in key_map_ids() else ():
+        if id_ in key_map(family).components:
+            mapped = _named_best(key_map(family), id_, parts)
+            raise_all(mapped.errors)
+            for name, spec in mapped.specs.items():
+                view.add(spec, mapped.extents[name])
+            used |= mapped.used
+    if not view.specs:
+        return None
+    warnings = []
+    if len(used) < len(parts):
+        rest = [name for name in parts if name not in used]
+        listed = ", ".join(rest[:_MOST_LISTED]) + (", …" if len(rest) > _MOST_LISTED else "")
+        warnings.append(f"{len(rest):,} tensors are no part of {' or '.join(ids)}: {listed}")
+    tensors = Tensors(view.specs, view.extents, layout="diffusers")
+    return Checkpoint(
+        checkpoint.path, view.files, checkpoint.metadata, tensors=tensors, warnings=tuple(warnings)
+    )
+
+
+@dataclass
+class _Named:
+    """A component's tensors under a family's names; `used`: its own names of them."""
+
+    specs: Mapping[str, TensorSpec]
+    extents: Mapping[str, tuple[Extent, ...]]
+    used: set[str]
+    errors: Sequence[CkptError] = ()
+
+
+def _named_best(map_: KeyMap, id_: str, parts: Mapping[str, _Part]) -> _Named:
+    """The tensors under the family's names, by the spelling that most of them fit."""
+    component = map_.components[id_]
+    adapters = component.adapters
+    tried = []
+    for prefix in dict.fromkeys(("", *adapters.dotted, *adapters.original)):
+        below = {name[len(prefix) :]: p for name, p in parts.items() if name.startswith(prefix)}
+        if below:
+            tried.append(_named_from_folder(map_, id_, prefix, below))
+            tried += [_named_below(map_, own, prefix, below) for own in component.prefixes]
+    return max(tried, key=lambda named: len(named.used))
+
+
+def _named_from_folder(map_: KeyMap, id_: str, prefix: str, parts: Mapping[str, _Part]) -> _Named:
+    """Tensors that have diffusers' or transformers' names."""
+    mapped = _Mapped(map_, {id_: parts})
+    unknown = set(mapped.unknown)
+    specs = {name: spec for name, spec in mapped.specs.items() if name not in unknown}
+    used = {prefix + name for name in parts if f"{id_}.{prefix}{name}" not in unknown}
+    return _Named(specs, mapped.extents, used if specs else set(), mapped.errors)
+
+
+def _named_below(map_: KeyMap, own: str, prefix: str, parts: Mapping[str, _Part]) -> _Named:
+    """Tensors that have the family's names, but for what stands before them."""
+    known = {own + name: name for name in parts if map_.is_known(own + name)}
+    specs = {name: replace(parts[inner].spec, name=name) for name, inner in known.items()}
+    extents = {name: parts[inner].extents for name, inner in known.items()}
+    return _Named(specs, extents, {prefix + inner for inner in known.values()})
+
+
 def _missing(folder: Path, ids: frozenset[str] | set[str]) -> list[str]:
     """Components that the folder's own list names and that are not there."""
     listed = json_beside(folder / _MODEL_INDEX, _MODEL_INDEX) or {}

@@ -1,22 +1,19 @@
 """`ckptools inspect`: what a file is, whether it is whole, and where it comes from.
 
-From headers, and from the few small tensors that say what no header can. Loads no torch. What whole
-models hold stands in `families/tensors/`, written by `tools/tensor_lists.py`.
+From headers, and from the few small tensors that say what no header can. Loads no torch.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
 import statistics
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +22,7 @@ from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
 from ckptools.folders import is_diffusers_folder
 from ckptools.hub import look
+from ckptools.known import Known, known_tensors, tensor_list
 from ckptools.lineage import Lineage, read_lineage
 from ckptools.tensors import TensorSpec
 from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX
@@ -41,7 +39,6 @@ SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 # (v_pred, ztsnr, edm_*), controlnet.py (difference, lora_controlnet), ops.py (scaled_fp8).
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min",
            "difference", "lora_controlnet", "scaled_fp8")  # fmt: skip
-_LISTS = Path(__file__).parent / "families" / "tensors"
 _MOST_MANIFEST = 16_000_000
 _MOST_IDS = 100_000
 _SAME_WIDTH = 0.5
@@ -380,59 +377,6 @@ def _statistics(
 # --- what whole models hold --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Known:
-    """One tensor of whole models; `may_lack`: loaders do without it."""
-
-    shape: tuple[int, ...]
-    may_lack: bool
-
-
-def known_tensors(detection: Detection, names: Collection[str]) -> Mapping[str, Known]:
-    """What whole models of this kind hold, by their usual names; {} where that is not known.
-
-    The lists are `families/tensors/family[.variant][.layout].txt.gz`; of those of the family and
-    its variant the one that has most names in common with the file's is taken.
-    """
-    if detection.family is None:
-        return {}
-    family = load_families()[detection.family]
-    present = {family.canonical_name(name) for name in names}
-    best: Mapping[str, Known] = {}
-    for stem in (f"{family.id}.{detection.variant}", family.id):
-        for name in (stem, f"{stem}.{detection.layout}", f"{stem}.diffusers", f"{stem}.openclip"):
-            found = _tensor_list(name)
-            if detection.kind == "text_encoder":  # may stand under any prefix
-                prefix = _prefix(found, present)
-                found = {prefix + tensor: known for tensor, known in found.items()}
-            found = {family.canonical_name(tensor): known for tensor, known in found.items()}
-            if len(present & found.keys()) > len(present & best.keys()):
-                best = found
-    return best
-
-
-@cache
-def _tensor_list(name: str) -> Mapping[str, Known]:
-    path = _LISTS / f"{name}.txt.gz"
-    if not path.is_file():
-        return {}
-    found = {}
-    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-        tensor, dims, *rest = line.split("\t")
-        shape = tuple(map(int, dims.split(","))) if dims else ()
-        found[tensor] = Known(shape, may_lack=bool(rest))
-    return found
-
-
-def _prefix(known: Iterable[str], present: Collection[str]) -> str:
-    """What stands before the known names in a file: found at the first of them that is there."""
-    for tail in known:
-        for name in present:
-            if name.endswith(tail) and name[: -len(tail)][-1:] in ("", "."):
-                return name[: -len(tail)]
-    return ""
-
-
 def _components(
     checkpoint: Checkpoint,
     canonical: Mapping[str, str],
@@ -564,7 +508,7 @@ def _ema_component(checkpoint: Checkpoint) -> Component:
     for family in load_families().values():
         unet = {
             name: one
-            for name, one in _tensor_list(family.id).items()
+            for name, one in tensor_list(family.id).items()
             if family.component_of(name) == "unet"
         }
         ema = _ema_of(unet)

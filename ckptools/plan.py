@@ -5,6 +5,7 @@ Every check lives here and all mistakes are reported together. Reads no tensor b
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -36,6 +37,7 @@ from ckptools.errors import (
     raise_all,
 )
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, kind_words
+from ckptools.folders import as_component
 from ckptools.formula import (
     AdapterDelta,
     Applied,
@@ -51,6 +53,7 @@ from ckptools.formula import (
 )
 from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.keymap import key_map_ids
+from ckptools.known import Known, known_tensors
 from ckptools.lora.group import PEFT_CONFIG, AdapterFile, group, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
@@ -72,6 +75,7 @@ from ckptools.program import (
     compile_mix,
     reads_of,
 )
+from ckptools.quantised import not_numbers, quantised_in
 from ckptools.recipe import ModelRef, Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.sources import Opener, open_checkpoint
@@ -94,6 +98,7 @@ PROCESS_BYTES = 240_000_000
 PLAIN_PROCESS_BYTES = 50_000_000
 WORKER_BYTES = 17_000_000  # its output buffers
 _ADAPTER_KINDS = {"lora", "embedding"}
+_WHOLE = {"checkpoint", "controlnet"}  # what such a file has no component of, it has not at all
 _READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
 _SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
@@ -303,7 +308,7 @@ def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Sour
             source.checkpoint.close()
     raise_all(errors)
     try:
-        return _with_guests(recipe, sources)
+        return _with_parts(recipe, _with_guests(recipe, sources))
     except BaseException:
         for source in sources:
             source.checkpoint.close()
@@ -370,6 +375,48 @@ def _guest(host: Source, guest: Source) -> Source:
     guest.checkpoint.close()
     names = MappingProxyType({name: name for name in view})
     return replace(guest, checkpoint=view, names=names, is_guest=True, notes=notes)
+
+
+def _with_parts(recipe: Recipe, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources; a file that is only taken from, and holds a part alone, as the part it gives."""
+    family = _common_family(recipe, {source.name: source for source in sources})
+    taken: dict[str, list[str]] = {}
+    for component, (name, _) in recipe.take.items():
+        taken.setdefault(name, []).append(component)
+    for name in (recipe.base, *used_names(recipe.result, recipe.scope)):
+        taken.pop(name, None)
+    return tuple(
+        _part(source, family, taken[source.name]) if source.name in taken else source
+        for source in sources
+    )
+
+
+def _part(source: Source, family: Family, components: Sequence[str]) -> Source:
+    """A file of its own under the names that its tensors have in the result's family."""
+    named = {family.component_of(name) for name in source.names}
+    if source.detection.kind in _WHOLE or not named.isdisjoint(components):
+        return source
+    try:
+        view = as_component(source.checkpoint, family.id, components)
+    except CkptError as exc:
+        raise ManyErrors(
+            [_of_source(source.ref, "model", error) for error in _each_of(exc)]
+        ) from exc
+    if view is None:
+        return source
+    source.checkpoint.close()
+    names = MappingProxyType({name: name for name in view})
+    return replace(source, checkpoint=view, names=names)
+
+
+def _common_family(recipe: Recipe, by_name: Mapping[str, Source]) -> Family:
+    """The base's family, or another participant's where the base is unknown."""
+    for name in (recipe.base, *used_names(recipe.result, recipe.scope)):
+        if name in by_name and by_name[name].adapter is None:
+            family = family_of(by_name[name].detection)
+            if family is not UNKNOWN:
+                return family
+    return UNKNOWN
 
 
 def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
@@ -488,7 +535,7 @@ class _Planner:
             if name in self.by_name and self.by_name[name].adapter is None
         ]
         self.guests = frozenset(source.name for source in sources if source.is_guest)
-        self.family = self._common_family()
+        self.family = _common_family(recipe, self.by_name)
         self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
         self.errors: list[CkptError] = []
         self.warnings: list[str] = [*recipe.warnings]
@@ -499,6 +546,7 @@ class _Planner:
         self._widened: list[str] = []
         self._mixes: dict[Linear, tuple[Mix, bool]] = {}
         self._reads: dict[tuple[str, str], Read] = {}
+        self.taken: dict[str, Mapping[str, str]] = {}
         self.bakings: dict[str, Baking] = {}
         self._bad_numbers: dict[str, tuple[CkptError, list[str]]] = {}
 
@@ -506,11 +554,13 @@ class _Planner:
         recipe = self.recipe
         self._check_families()
         self._check_components()
+        self._match_taken()
         names = self._output_names()
         self._compile_params(names)
         self._match_adapters()
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
+        self.errors += [*self._codes(steps)]
         raise_all(_grouped([*self._number_errors(), *self._nothing_merged(steps), *self.errors]))
         by_name = {step.spec.name: step for step in steps}
         shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
@@ -538,14 +588,6 @@ class _Planner:
 
     # --- families ---
 
-    def _common_family(self) -> Family:
-        """The base's family, or another participant's where the base is unknown."""
-        for name in (self.base.name, *self.used):
-            family = family_of(self.by_name[name].detection)
-            if family is not UNKNOWN:
-                return family
-        return UNKNOWN
-
     def _check_families(self) -> None:
         """Two models of different families are refused in one sentence."""
         involved = dict.fromkeys([self.base.name, *self.used])
@@ -570,24 +612,6 @@ class _Planner:
                     f"the family of {name} is not known ({_nearest_family(self.by_name[name])}): "
                     "its tensors are matched by name and shape"
                 )
-        for component, (name, _) in self.recipe.take.items():
-            self._check_taken_family(component, name)
-
-    def _check_taken_family(self, component: str, name: str) -> None:
-        source = self.by_name[name]
-        theirs = family_of(source.detection)
-        if theirs.kind != "checkpoint" or UNKNOWN in (theirs, self.family):
-            return
-        shared = component == "vae" and {theirs.id, self.family.id} in _SHARED_VAE
-        if theirs.id != self.family.id and not shared:
-            self.errors.append(
-                InputError(
-                    f"{name} is {source.title}, the merge is {self.family.title}: "
-                    "its parts do not fit",
-                    where=source.ref.where,
-                    fix="take components from a model of the same family",
-                )
-            )
 
     def _check_components(self) -> None:
         """Components in `take:` and `output.dtype`, and `compat:`, must be this family's."""
@@ -619,6 +643,109 @@ class _Planner:
                         fix=nearest(component, [*known, "default"]),
                     )
                 )
+
+    # --- components that are taken ---
+
+    def _match_taken(self) -> None:
+        """Find the tensors of every taken component; one that the model has not is an error."""
+        for component, (model, where) in self.recipe.take.items():
+            source = self.by_name[model]
+            found = self.taken[component] = self._taken_names(source, component)
+            if component not in (*self.family.components, "other"):
+                continue
+            if not self._is_relative(component, source):
+                continue
+            if not found:
+                self.errors.append(
+                    InputError(
+                        f"take: {model} has no {component}; it is {source.title}",
+                        where=where,
+                        fix=f"take {component} from a model that has one",
+                    )
+                )
+            elif not any(self._is_of(component, name) for name in self.base.names):
+                self._check_whole(component, model, where)
+
+    def _taken_names(self, source: Source, component: str) -> dict[str, str]:
+        """A component's tensors in a model: their names in the result → their own.
+
+        Files of one family may differ in what stands before a component's names (vae.,
+        first_stage_model.): the result has the base's, or the family's usual one.
+        """
+        found = {n: own for n, own in source.names.items() if self._is_of(component, n)}
+        wanted = {n for n in self.base.names if self._is_of(component, n)}
+        wanted = wanted or {n for n in self._known if self._is_of(component, n)}
+        if wanted <= found.keys():
+            return found
+        prefixes = self.family.components.get(component, ())
+        if found:
+            moves = [("", ""), *((old, new) for old in prefixes for new in prefixes if old != new)]
+            return max(
+                ({_moved(name, *move): own for name, own in found.items()} for move in moves),
+                key=lambda moved: len(moved.keys() & wanted),
+            )
+        if source.detection.kind in _WHOLE:
+            return {}
+        named = {prefix + name: own for prefix in prefixes for name, own in source.names.items()}
+        return {name: own for name, own in named.items() if name in wanted}
+
+    def _is_relative(self, component: str, source: Source) -> bool:
+        """Whether a model's component fits the family; an error where it does not."""
+        theirs = family_of(source.detection)
+        if theirs.kind != "checkpoint" or self.family in (UNKNOWN, theirs):
+            return True
+        if component == "vae" and {theirs.id, self.family.id} in _SHARED_VAE:
+            return True
+        self.errors.append(
+            InputError(
+                f"{source.name} is {source.title}, the merge is {self.family.title}: "
+                "its parts do not fit",
+                where=source.ref.where,
+                fix="take components from a model of the same family",
+            )
+        )
+        return False
+
+    def _is_of(self, component: str, name: str) -> bool:
+        return self.family.component_of(name) == component
+
+    @cached_property
+    def _known(self) -> Mapping[str, Known]:
+        """What whole models of the base's kind hold."""
+        return known_tensors(self.base.detection, self.base.checkpoint)
+
+    def _check_whole(self, component: str, model: str, where: str) -> None:
+        """What a base without the component takes must be all of it, in the sizes it has there."""
+        source, found = self.by_name[model], self.taken[component]
+        known = {n: k for n, k in self._known.items() if self._is_of(component, n)}
+        if known.keys().isdisjoint(found):
+            return
+        misfits: list[CkptError] = [
+            _not_in(component, model, name, where)
+            for name, one in known.items()
+            if name not in found and not one.may_lack
+        ]
+        if self._has_full_size():
+            misfits += [
+                InputError(
+                    f"take: {model} is {list(source.checkpoint[found[name]].shape)}, {component} "
+                    f"of {self.family.title} is {list(one.shape)}",
+                    where=name,
+                    fix=f"{model} is {source.title}; take {component} from a model of one size",
+                )
+                for name, one in known.items()
+                if name in found and source.checkpoint[found[name]].numel != math.prod(one.shape)
+            ]
+        self.errors += _grouped(misfits)
+
+    def _has_full_size(self) -> bool:
+        """Whether the base is as wide as its family's models are; a narrow relative is not."""
+        equal = [
+            self.base.checkpoint[own].shape == self._known[name].shape
+            for name, own in self.base.names.items()
+            if name in self._known
+        ]
+        return 2 * sum(equal) > len(equal)
 
     # --- numbers ---
 
@@ -820,13 +947,9 @@ class _Planner:
     # --- tensors ---
 
     def _output_names(self) -> list[str]:
-        """Canonical names of all output tensors: the base's, and components it takes whole."""
-        names = list(self.base.names)
-        have = {self.family.component_of(name) for name in names}
-        for component, (model, _) in self.recipe.take.items():
-            if component not in have:
-                names += _component_names(self.by_name[model], component, self.family)
-        return names
+        """Canonical names of all output tensors: the base's, and what it takes beyond them."""
+        taken = dict.fromkeys(name for found in self.taken.values() for name in found)
+        return [*self.base.names, *(name for name in taken if name not in self.base.names)]
 
     def _step(self, name: str) -> Step:
         component = self.family.component_of(name)
@@ -899,6 +1022,25 @@ class _Planner:
                 where=self.recipe.merge.where,
                 fix="use models of one family, stored with the same tensor names",
             )
+
+    def _codes(self, steps: Sequence[Step]) -> Iterator[CkptError]:
+        """Quantised weights may be copied; there is no calculating with them."""
+        programs = [(step, step.program) for step in steps]
+        computed = [(step, p) for step, p in programs if isinstance(p, Compute | Widen)]
+        for source in self.sources:
+            stored = quantised_in(source.checkpoint)
+            if not stored:
+                continue
+            number = self.index[source.name]
+            usual = {own: name for name, own in source.names.items()}
+            components = {self.family.component_of(usual.get(own, own)) for own in stored}
+            if any(
+                source.name in self.used
+                or any(read.source == number and read.name in stored for read in reads_of(program))
+                for step, program in computed
+                if step.component in components
+            ):
+                yield _of_source(source.ref, "model", not_numbers(stored))
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._sums[f"{form.total:.6g}"] += 1
@@ -997,18 +1139,14 @@ class _Planner:
     def _taken_step(self, name: str, component: str) -> Step:
         model, where = self.recipe.take[component]
         source = self.by_name[model]
-        actual = _find_in(source, name, component, self.family)
+        actual = self.taken[component].get(name)
         own = self.base.names.get(name)
         out_name = own if own is not None else name
-        if actual is None:
-            self.errors.append(
-                InputError(
-                    f"take: {model} has no {out_name!r}",
-                    where=where,
-                    fix=f"take {component} from a model that has all of it",
-                )
-            )
-            return _bare(TensorSpec(out_name, "F32", ()), "copied", _NOTHING, "")
+        if actual is None:  # then it is the base's
+            kept = self._read(self.base, name)
+            if name not in self._known or not self._known[name].may_lack:
+                self.errors.append(_not_in(component, model, out_name, where))
+            return _bare(kept.spec, "carried", Copy(kept), f"{model} comes without it")
         read = Read(self.index[model], actual, source.checkpoint[actual])
         if own is not None and not _same_shape(read.spec, self.base.checkpoint[own]):
             theirs = self._read(self.base, name)
@@ -1144,14 +1282,23 @@ class _Planner:
 
     def _tell_taken(self, plan: Plan) -> None:
         for component, (model, _) in self.recipe.take.items():
-            taken = [step.spec for step in plan.steps if step.component == component]
-            stored = sorted({spec.dtype for spec in taken if spec.is_float})
+            steps = [step for step in plan.steps if step.component == component]
+            taken = [step.spec for step in steps if step.action != "carried"]
+            stored = " and ".join(sorted({spec.dtype for spec in taken if spec.is_float}))
+            exact = component not in self.recipe.output.dtypes
             self.notes.append(
-                f"{component}: {len(taken):,} tensors taken from {model}, "
-                f"{' and '.join(stored)}, byte for byte"
-                if component not in self.recipe.output.dtypes
-                else f"{component}: {len(taken):,} tensors taken from {model}"
+                f"{component}: {len(taken):,} tensors taken from {model}"
+                + (f", {stored}, byte for byte" if exact else "")
             )
+            names = self.taken[component]
+            more = sum(name not in self.base.names for name in names)
+            if 0 < more < len(names):
+                self.notes.append(f"{component}: {more:,} of them {self.base.name} lacks")
+            if len(taken) < len(steps):
+                self.notes.append(
+                    f"{component}: {len(steps) - len(taken):,} tensors that {model} comes without "
+                    f"are those of {self.base.name}; loaders need none of them"
+                )
 
 
 @dataclass(frozen=True)
@@ -1192,9 +1339,6 @@ class _WideStep:
                 fix="bake it into the finished model, in a second recipe",
             )
         )
-
-
-_NOTHING = Copy(Read(0, "", TensorSpec("", "U8", (0,))))
 
 
 def _bare(spec: TensorSpec, action: Action, program: Program, why: str) -> Step:
@@ -1242,6 +1386,19 @@ def _differ_in_channels(reads: Sequence[Read]) -> bool:
     return len({(read.spec.shape[:1], read.spec.shape[2:]) for read in reads}) == 1
 
 
+def _moved(name: str, old: str, new: str) -> str:
+    """The name with another beginning, where it has this one."""
+    return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _not_in(component: str, model: str, name: str, where: str) -> InputError:
+    return InputError(
+        f"take: {model} has no {name!r}",
+        where=where,
+        fix=f"take {component} from a model that has all of it",
+    )
+
+
 def _is_position_ids(name: str, spec: TensorSpec) -> bool:
     return name.endswith("position_ids") and len(spec.shape) == 2 and spec.shape[0] == 1
 
@@ -1251,25 +1408,6 @@ def _nearest_family(source: Source) -> str:
     if not rejected:
         return "no family is near"
     return f"nearest: {rejected[0].family}, but {rejected[0].reason}"
-
-
-def _component_names(source: Source, component: str, family: Family) -> list[str]:
-    """Canonical names of a component that another model brings whole."""
-    direct = [name for name in source.names if family.component_of(name) == component]
-    if direct:
-        return direct
-    prefix = family.components[component][0] if family.components.get(component) else ""
-    return [prefix + name for name in source.names if not name.startswith(("loss.", "model_ema."))]
-
-
-def _find_in(source: Source, name: str, component: str, family: Family) -> str | None:
-    """The source's own name of a tensor; a stand-alone component may lack the prefix."""
-    if name in source.names:
-        return source.names[name]
-    for prefix in family.components.get(component, ()):
-        if name.startswith(prefix) and name[len(prefix) :] in source.names:
-            return source.names[name[len(prefix) :]]
-    return None
 
 
 def _lacks(step: Step) -> bool:

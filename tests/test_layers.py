@@ -41,6 +41,8 @@ LAYERS = (
         "methods",
         "program",
         "keymap",
+        "known",
+        "quantised",
         "lineage",
         "lora",
     },

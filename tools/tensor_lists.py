@@ -5,7 +5,7 @@
 The lists come from public files' headers (`tests/layouts`), from diffusers and transformers on the
 meta device (`tests/layouts-diffusers`), and, for ControlNets as diffusers writes them, from
 `ControlNetModel` itself. One line is one tensor: name, sizes, and "?" where whole files may lack
-it. `ckptools/inspection.py` says how a list is chosen.
+it. `ckptools/known.py` says how a list is chosen.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from ckptools.adapters.writing import SCHEMES, AdapterWriter, Names, Written, ch
 from ckptools.errors import InputError, NonFiniteError, UsageError
 from ckptools.lora.names import Target
 from ckptools.progress import Progress
+from ckptools.quantised import not_numbers, quantised_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +146,10 @@ def _check_pair(a: Model, b: Model) -> None:
             where=str(b.path),
             fix="give two models of one family",
         )
+    for model in (a, b):
+        stored = quantised_in(model.checkpoint)
+        if stored:
+            raise not_numbers(stored).at(str(model.path))
 
 
 def _metadata(a: Model, b: Model) -> dict[str, str]:

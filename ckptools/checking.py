@@ -119,7 +119,7 @@ def check_recipe(
         }
         said = plan.base.ref.config
         if config is None and said:
-            config = recipe.path.parent / Path(said).expanduser()
+            config = recipe.beside(said)
         model = cast("Checkpoint", Merged(plan))  # it has all of it that is asked for here
         if plan.base.detection.kind == "controlnet":
             found = _check_control(model, draws, config, quick=quick, threads=threads, tell=tell)

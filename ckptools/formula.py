@@ -13,7 +13,7 @@ import hashlib
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -249,6 +249,22 @@ class _Builder:
 
     def _error_at(self, what: str, column: int, fix: str = "") -> RecipeError:
         return _error(self._text, what, column, where=self._where, fix=fix)
+
+
+def formula_depth(formula: Formula, lets: Mapping[str, int]) -> int:
+    """How deep a formula is nested, with the `let`s that it uses: name -> their depth."""
+
+    def depth(expr: Expr) -> int:
+        match expr:
+            case Binary(left=left, right=right):
+                return 1 + max(depth(left), depth(right))
+            case Call(args=args, keywords=keywords):
+                return 1 + max(map(depth, (*args, *(value for _, value in keywords))), default=0)
+            case Name(id=name):
+                return 1 + lets.get(name, 0)
+        return 1
+
+    return depth(formula.tree)
 
 
 def names_in(expr: Expr) -> Iterator[Name]:
@@ -734,6 +750,24 @@ class Linear:
         """The sum of the models' coefficients: 1 for a proper mix of models."""
         return math.fsum(value for leaf, value in self.terms if not isinstance(leaf, AdapterDelta))
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether the coefficients cancel: the form is no model."""
+        return abs(self.total) < 1e-12
+
+    @cached_property
+    def parts(self) -> tuple[tuple[str, Linear], ...]:
+        """Every form within the form, as what a method or a bake works on: (its name, form)."""
+        found: list[tuple[str, Linear]] = []
+        for leaf, _ in self.terms:
+            match leaf:
+                case Applied(method=method, models=models):
+                    for model in models:
+                        found += [(method, model), *model.parts]
+                case Baked(model=model):
+                    found += [(BAKE, model), *model.parts]
+        return tuple(found)
+
     @cached_property
     def models(self) -> tuple[str, ...]:
         """Every model of the form, nested ones included, each once, in order."""
@@ -865,18 +899,12 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             numbers[name] = scalar(value, inside)
             _check_bounds(method, name, numbers[name], inside, value.column)
         models = [(name, form(value, inside)) for name, value in bound.models]
-        for (name, value), (_, model) in zip(bound.models, models, strict=True):
-            if not model.terms and method.access != "linear":
-                raise inside.error(
-                    f"{method.name}: with these numbers nothing is left of {name!r}",
-                    value.column,
-                    "check the parameters",
-                )
         if method.access == "linear":
             positional = [value for name, value in models if name not in method.keyword_models]
             keywords = {name: value for name, value in models if name in method.keyword_models}
             result: Linear = method.function(*positional, **keywords, **numbers)
             return result
+        _check_models(method, bound, [model for _, model in models], inside)
         ordered = tuple((name, numbers[name]) for name in method.scalars)
         return Linear.of(Applied(method.name, tuple(value for _, value in models), ordered))
 
@@ -888,6 +916,20 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
         return Linear.of(Baked(model, bake.adapter.id, strength))
 
     return _all_finite(form(formula.tree, formula), formula)
+
+
+def _check_models(method: Method, bound: Bound, models: Sequence[Linear], inside: Formula) -> None:
+    """`RecipeError` where an argument is a difference with these numbers, or nothing at all."""
+    for (name, value), model in zip(bound.models, models, strict=True):
+        if model.is_difference:
+            what = (
+                f"{name!r} is {model}, a difference"
+                if model.terms
+                else (f"nothing is left of {name!r}")
+            )
+            raise inside.error(
+                f"{method.name}: with these numbers {what}", value.column, "check the parameters"
+            )
 
 
 def _all_finite(form: Linear, inside: Formula) -> Linear:
@@ -907,13 +949,8 @@ def _finite(value: float, inside: Formula, column: int) -> float:
 
 def _coefficients(form: Linear) -> Iterator[float]:
     """Every coefficient of a form, those within methods and bakes included."""
-    for leaf, value in form.terms:
-        yield value
-        if isinstance(leaf, Applied):
-            for model in leaf.models:
-                yield from _coefficients(model)
-        elif isinstance(leaf, Baked):
-            yield from _coefficients(leaf.model)
+    for each in (form, *(part for _, part in form.parts)):
+        yield from (value for _, value in each.terms)
 
 
 def adapter_names(formula: Formula, scope: Scope) -> frozenset[str]:

@@ -542,7 +542,7 @@ class _Planner:
         self.notes: list[str] = []
         self.params: dict[str, CompiledParam] = {}
         self._forms: dict[tuple[float, ...], Linear] = {}
-        self._sums: Counter[str] = Counter()
+        self._formed_by: Counter[Linear] = Counter()
         self._widened: list[str] = []
         self._mixes: dict[Linear, tuple[Mix, bool]] = {}
         self._reads: dict[tuple[str, str], Read] = {}
@@ -606,12 +606,24 @@ class _Planner:
                     fix="use models of one family",
                 )
             )
+        self._check_predictions(involved)
         for name in involved:
             if name not in known and known:
                 self.warnings.append(
                     f"the family of {name} is not known ({_nearest_family(self.by_name[name])}): "
                     "its tensors are matched by name and shape"
                 )
+
+    def _check_predictions(self, names: Iterable[str]) -> None:
+        """Weights that predict different things may be mixed, but seldom by intention."""
+        detections = {name: self.by_name[name].detection for name in names}
+        told = {name: found.prediction for name, found in detections.items() if found.prediction}
+        if len(set(told.values())) > 1:
+            parts = ", ".join(f"{name} predicts {what}" for name, what in told.items())
+            self.warnings.append(
+                f"the models predict different things: {parts}. A model between them predicts "
+                f"neither; in a difference, as in A + (B - C), both sides should agree"
+            )
 
     def _check_components(self) -> None:
         """Components in `take:` and `output.dtype`, and `compat:`, must be this family's."""
@@ -769,6 +781,7 @@ class _Planner:
                     Param(lines), name_of_param=ref.name, family=self.family,
                     names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
                     taken=() if ref.name in weights else tuple(self.recipe.take),
+                    own=self.base.names,
                 )  # fmt: skip
             except ManyErrors as exc:
                 self.errors += exc.errors
@@ -1043,8 +1056,8 @@ class _Planner:
                 yield _of_source(source.ref, "model", not_numbers(stored))
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
-        self._sums[f"{form.total:.6g}"] += 1
-        if abs(form.total) < 1e-12 and not any(isinstance(leaf, Applied) for leaf, _ in form.terms):
+        self._formed_by[form] += 1
+        if form.is_difference:
             self.errors.append(
                 RecipeError(
                     f"with these numbers the formula is {form}: a difference, not a model",
@@ -1232,17 +1245,7 @@ class _Planner:
 
     def _tell(self, plan: Plan) -> None:
         self.notes += self._widened
-        odd = {total: count for total, count in self._sums.items() if float(total) != 1.0}
-        for total, count in odd.items():
-            example = next(
-                step.form
-                for step in plan.steps
-                if step.form is not None and f"{step.form.total:.6g}" == total
-            )
-            self.warnings.append(
-                f"the coefficients add up to {total}, not 1, for {count:,} tensors: {example}, "
-                f"sum {total}"
-            )
+        self._tell_sums()
         for why, count in _carried_reasons(plan.steps).items():
             self.warnings.append(f"{count:,} tensors are carried from {plan.base.name}: {why}")
         for model, names in plan.dropped.items():
@@ -1262,10 +1265,32 @@ class _Planner:
                 )
             self.warnings += [f"{source.name}: {text}" for text in source.checkpoint.warnings[:5]]
             self.notes += [f"{source.name}: {text}" for text in source.notes]
+        held = {step.component for step in plan.steps}
+        self.warnings += [
+            f"output dtype: the result has no {component}"
+            for component in plan.recipe.output.dtypes
+            if component not in ("default", *held)
+        ]
         self._tell_taken(plan)
         self._tell_adapters(plan)
         if not any(step.action == "merged" for step in plan.steps) and not self.recipe.take:
             self.warnings.append("nothing is merged: every tensor is copied or carried")
+
+    def _tell_sums(self) -> None:
+        """Sums other than 1, of the whole formula and of what methods work on within it."""
+        odd: dict[tuple[str, str], tuple[Linear, Counter[Linear]]] = {}
+        for form, count in self._formed_by.items():
+            for method, part in (("", form), *form.parts):
+                total = f"{part.total:.6g}"
+                if float(total) != 1.0:
+                    counts = odd.setdefault((method, total), (part, Counter()))[1]
+                    counts[form] = count
+        for (method, total), (example, counts) in odd.items():
+            within = f"within {method} " if method else ""
+            self.warnings.append(
+                f"{within}the coefficients add up to {total}, not 1, for {counts.total():,} "
+                f"tensors: {example}, sum {total}"
+            )
 
     def _tell_adapters(self, plan: Plan) -> None:
         working = {
@@ -1400,7 +1425,8 @@ def _not_in(component: str, model: str, name: str, where: str) -> InputError:
 
 
 def _is_position_ids(name: str, spec: TensorSpec) -> bool:
-    return name.endswith("position_ids") and len(spec.shape) == 2 and spec.shape[0] == 1
+    """[1, 77], or [77] as some tools write them."""
+    return name.endswith("position_ids") and spec.shape[-1:] == (spec.numel,)
 
 
 def _nearest_family(source: Source) -> str:
@@ -1509,4 +1535,4 @@ def existing_folder(folder: Path) -> Path:
 def _same_file(one: Path, other: Path) -> bool:
     if one.exists():
         return one.samefile(other)
-    return one.resolve() == other.resolve()
+    return os.path.realpath(one) == os.path.realpath(other)

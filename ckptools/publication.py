@@ -178,7 +178,7 @@ class Published:
 def order_of(recipe: Recipe) -> Order:
     """What a recipe's `publish:` says, and where its `render:` puts pictures."""
     said, folder = recipe.publish, recipe.render.folder if recipe.render else ""
-    renders = recipe.path.parent / Path(folder).expanduser() if folder else None
+    renders = recipe.beside(folder) if folder else None
     if said is None:
         return Order(renders=renders, recipe=recipe)
     return Order(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ import yaml
 from ckptools.errors import (
     CkptError,
     ManyErrors,
+    OutputError,
     RecipeError,
     UsageError,
     closest,
@@ -32,12 +34,14 @@ from ckptools.errors import (
 from ckptools.filetypes import SNIFF_BYTES, file_type
 from ckptools.formula import (
     BAKE,
+    MAX_DEPTH,
     Call,
     Formula,
     Name,
     Scope,
     base_model,
     check_formula,
+    formula_depth,
     names_in,
     parse_formula,
     unknown_name,
@@ -216,7 +220,11 @@ class Recipe:
         """
         if is_hub_text(model.path):
             return Path(model.path)
-        return self.path.parent / Path(model.path).expanduser()
+        return self.beside(model.path)
+
+    def beside(self, text: str) -> Path:
+        """A path that the recipe names, resolved against its folder; `~` is expanded."""
+        return self.path.parent / expanded(text)
 
     @property
     def is_remote(self) -> bool:
@@ -227,10 +235,28 @@ class Recipe:
     def output_path(self) -> Path:
         """The output's path, resolved against the recipe's folder.
 
-        A symbolic link is followed: it stays, and the file it leads to is replaced.
+        A symbolic link is followed: it stays, and the file it leads to is replaced. One that
+        leads to itself is an `OutputError`.
         """
-        path = self.path.parent / Path(self.output.path).expanduser()
-        return path.resolve() if path.is_symlink() else path
+        path = self.beside(self.output.path)
+        if not path.is_symlink():
+            return path
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OutputError(
+                f"the output {os.path.normpath(path)!r} is a link that leads to itself",
+                where=self.output.where,
+                fix="remove it, or write elsewhere",
+            )
+        return target
+
+
+def expanded(text: str) -> Path:
+    """A path with `~` expanded, where it names a user that is there."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 @dataclass(frozen=True)
@@ -267,7 +293,7 @@ def _map_of(schema: Mapping[str, object], **more: object) -> dict[str, object]:
 
 _MBW: dict[str, object] = {
     "description": "Merge block weighted: BASE, IN, M, OUT (26 or 20).",
-    "anyOf": [{"type": "array", "items": _NUMBER}, _TEXT],
+    "anyOf": [{"type": "array", "items": _NUMBER, "minItems": 1}, _TEXT],
 }
 _PARAM: dict[str, object] = {
     "anyOf": [_NUMBER, _map_of(_NUMBER, minProperties=1, properties={"mbw": _MBW})]
@@ -636,13 +662,18 @@ def _compose(text: str, name: str) -> yaml.Node:
         raise RecipeError(f"not YAML: {said}", where=name, fix="give a text file") from exc
     except RecursionError as exc:
         raise RecipeError("nested too deeply", where=name) from exc
+    except (ValueError, OverflowError) as exc:  # "\UFFFFFFFF"
+        raise RecipeError("not YAML: a character that there is not", where=name) from exc
     if node is None:
         raise RecipeError("the recipe is empty", where=name, fix="begin with `ckptools: 1`")
     return node
 
 
-def _check_tags(reader: _Reader, root: yaml.Node) -> None:
-    """Refuse `!tags`: nothing here gives them a meaning, and none is executed."""
+def _check_nodes(reader: _Reader, root: yaml.Node) -> None:
+    """Refuse `!tags`: nothing here gives them a meaning, and none is executed.
+
+    And texts that no file could hold, with halves of characters ("\\uD800").
+    """
     seen: set[int] = set()  # an alias may make a node its own child
     waiting = [root]
     while waiting:
@@ -653,6 +684,8 @@ def _check_tags(reader: _Reader, root: yaml.Node) -> None:
         if node.tag not in _YAML_TAGS:
             shown = node.tag.replace("tag:yaml.org,2002:", "!!")
             reader.error(node, f"the tag {shown!r} has no meaning here", "remove it")
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= c <= "\udfff" for c in node.value):
+            reader.error(node, "half of a character", "write the character itself, or all of it")
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -699,7 +732,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     """As `load_recipe`, for text in hand; `path` names it and anchors relative paths."""
     reader = _Reader(str(path))
     root = _compose(text, reader.name)
-    _check_tags(reader, root)
+    _check_nodes(reader, root)
     keys = reader.known(root, "the recipe", TOP_KEYS)
     _check_version(reader, keys.get("ckptools"))
     _find_lost_names(reader, root, keys)
@@ -949,7 +982,12 @@ def _param(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
                 f"{what}: `mbw` must be the first line",
                 "lines below it may override single selectors",
             )
-        mbw = _numbers(reader, items.pop("mbw")[1], f"mbw of {what}")
+        node = items.pop("mbw")[1]
+        mbw = _numbers(reader, node, f"mbw of {what}")
+        if isinstance(node, yaml.SequenceNode) and not mbw:
+            reader.error(
+                node, f"mbw of {what} is empty", "such as [0.5, 0.5, …], one for each block"
+            )
     elif not items:
         reader.error(node, f"{what} is empty", "add `default: 0.5`")
     lines = [
@@ -1067,8 +1105,11 @@ def _formulas(
             parsed[name] = formula
     result = _formula(reader, merge, "merge")
     _find_unknown(reader, parsed, result, scope)
-    scope = _checked_lets(reader, parsed, replace(scope, is_open=reader.is_open))
-    if result is not None:
+    scope, depths = _checked_lets(reader, parsed, replace(scope, is_open=reader.is_open))
+    is_deep = result is not None and formula_depth(result, depths) > MAX_DEPTH
+    if result is not None and is_deep and max(depths.values(), default=0) <= MAX_DEPTH:
+        reader.errors.append(_too_deep(result, "merge"))
+    if result is not None and not is_deep:
         kind = reader.attempt(partial(check_formula, result, _with_told(reader, scope)))
         if kind is not None:
             _check_result(reader, result, kind)
@@ -1092,8 +1133,12 @@ def _with_told(reader: _Reader, scope: Scope) -> Scope:
     return replace(scope, told=frozenset({*reader.told, *reader.unknown}))
 
 
-def _checked_lets(reader: _Reader, parsed: Mapping[str, Formula], scope: Scope) -> Scope:
+def _checked_lets(
+    reader: _Reader, parsed: Mapping[str, Formula], scope: Scope
+) -> tuple[Scope, Mapping[str, int]]:
+    """The scope with those that mean something, and how deep each is nested."""
     lets: dict[str, Formula] = {}
+    depths: dict[str, int] = {}
     waiting = dict(parsed)
     for name, formula in parsed.items():
         later = [word for word in names_in(formula.tree) if word.id in waiting]
@@ -1103,13 +1148,27 @@ def _checked_lets(reader: _Reader, parsed: Mapping[str, Formula], scope: Scope) 
                 what, fix = f"{name!r} stands for itself", "use names that are defined above"
             reader.errors.append(formula.error(what, word.column, fix))
         del waiting[name]
+        depths[name] = depth = formula_depth(formula, depths)
+        if depth > MAX_DEPTH:
+            if all(depths.get(word.id, 0) <= MAX_DEPTH for word in names_in(formula.tree)):
+                reader.errors.append(_too_deep(formula, f"let {name!r}"))
+            reader.told.add(name)
+            continue
         check = partial(check_formula, formula, _with_told(reader, scope))
         if later or reader.attempt(check) is None:
             reader.told.add(name)
             continue
         lets[name] = formula
         scope = replace(scope, lets=MappingProxyType(dict(lets)))
-    return scope
+    return scope, depths
+
+
+def _too_deep(formula: Formula, what: str) -> RecipeError:
+    return RecipeError(
+        f"{what}: with the `let`s that it uses, the formula is nested more than {MAX_DEPTH} deep",
+        where=formula.where,
+        fix="merge in two steps, with a file in between",
+    )
 
 
 def _formula(reader: _Reader, node: yaml.Node | None, what: str) -> Formula | None:
@@ -1139,6 +1198,8 @@ def _take(
 ) -> dict[str, tuple[str, str]]:
     """Component -> (model, file:line)."""
     items = reader.mapping(node, "take") if node is not None else {}
+    if isinstance(node, yaml.MappingNode) and not node.value:
+        reader.error(node, "take is empty", "such as `vae: V`, or leave it out")
     return {
         component: (_model_name(reader, value, f"take {component!r}", models), reader.where(key))
         for component, (key, value) in items.items()
@@ -1198,6 +1259,10 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
             f"the output {path!r} does not end in .safetensors",
             f"write {path + '.safetensors'!r}",
         )
+    if path.startswith("~") and expanded(path) == Path(path):
+        reader.error(
+            keys["path"], f"there is no user {Path(path).parts[0][1:]!r}", "write the path in full"
+        )
     dtypes = {"default": "keep"}
     if "dtype" in keys:
         dtypes |= _dtypes(reader, keys["dtype"])
@@ -1207,6 +1272,8 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         for name, (key, value) in reader.mapping(keys["metadata"], "metadata").items():
             if name.startswith("ckptools.") or name in _OWN_METADATA:
                 reader.error(key, f"metadata {name!r} is for ckptools to write", "leave it out")
+            if not name:
+                reader.error(key, "a key of metadata is empty", "give it a name")
             metadata[name] = reader.text(value, f"metadata {name!r}") or ""
     return Output(
         path=path,
@@ -1220,12 +1287,14 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
 
 
 # The record of the merge, and what loaders go by.
-_OWN_METADATA = {"format", "sd_merge_recipe", "sd_merge_models"}
+_OWN_METADATA = {"format", "sd_merge_recipe", "sd_merge_models", "modelspec.hash_sha256"}
 
 
 def _dtypes(reader: _Reader, node: yaml.Node) -> dict[str, str]:
     if isinstance(node, yaml.MappingNode):
         items = reader.mapping(node, "dtype").items()
+        if not node.value:
+            reader.error(node, "dtype is empty", "such as `dtype: fp16`, or `{vae: fp32}`")
         return {name: _dtype(reader, value) for name, (_, value) in items}
     return {"default": _dtype(reader, node)}
 

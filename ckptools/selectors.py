@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
+from types import MappingProxyType
 
 from ckptools.errors import CkptError, InputError, RecipeError, nearest, raise_all
 from ckptools.family import Family, load_families
@@ -81,6 +82,9 @@ class CompiledParam:
         return tuple(sorted({line.value for line in self.lines.values()}))
 
 
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
 def compile_param(
     param: Param,
     *,
@@ -89,6 +93,7 @@ def compile_param(
     names: Collection[str],
     compat: str = "",
     taken: Collection[str] = (),
+    own: Mapping[str, str] = _NO_NAMES,
 ) -> CompiledParam:
     """Every tensor's number, or all that is wrong with the param, in one go.
 
@@ -96,10 +101,11 @@ def compile_param(
     compat  another tool's assignment of blocks, a key of `family.compat`
     taken   components that are taken as they are from another model: none of `names` is theirs,
             and lines for them have no say
+    own     name -> the file's own spelling, which globs may use as well
     Errors (RecipeError, or ManyErrors): a selector that is unknown or selects nothing, a value that
     is no finite number, a tensor without a value (protected tensors need none).
     """
-    grounds = _Grounds.of(family, names, compat)
+    grounds = _Grounds.of(family, names, compat, own)
     errors: list[CkptError] = []
     winning: dict[str, ParamLine] = {}
     for line in param.lines:
@@ -168,9 +174,12 @@ class _Grounds:
     names: tuple[str, ...]
     components: Mapping[str, list[str]]
     blocks: Mapping[str, list[str]]
+    own: Mapping[str, str]
 
     @classmethod
-    def of(cls, family: Family, names: Collection[str], compat: str) -> _Grounds:
+    def of(
+        cls, family: Family, names: Collection[str], compat: str, own: Mapping[str, str]
+    ) -> _Grounds:
         components: dict[str, list[str]] = {}
         blocks: dict[str, list[str]] = {}
         try:
@@ -179,7 +188,7 @@ class _Grounds:
                 blocks.setdefault(family.block_of(name, compat), []).append(name)
         except InputError as exc:  # an unknown compat name stands in the recipe
             raise RecipeError(exc.what, where=exc.where, fix=exc.fix) from exc
-        return cls(family, tuple(names), components, blocks)
+        return cls(family, tuple(names), components, blocks, own)
 
     @property
     def known_components(self) -> tuple[str, ...]:
@@ -191,10 +200,14 @@ class _Grounds:
         return [name for name in self.known_components if name in self.components]
 
     def glob(self, pattern: str) -> list[str]:
-        """Names that fit, by their own or their canonical spelling."""
+        """Names that fit, by the file's own or their canonical spelling."""
         matches = re.compile(translate(pattern)).match
-        usual = self.family.canonical_name
-        return [name for name in self.names if matches(name) or matches(usual(name))]
+        usual, own = self.family.canonical_name, self.own
+        return [
+            name
+            for name in self.names
+            if matches(name) or matches(usual(name)) or matches(own.get(name, name))
+        ]
 
 
 def _checked_selection(

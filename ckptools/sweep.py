@@ -35,7 +35,7 @@ from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
 from ckptools.plan import Plan, Source, make_plan
 from ckptools.progress import Progress
-from ckptools.recipe import Recipe, load_recipe, lora_weight, parse_recipe, with_numbers
+from ckptools.recipe import Recipe, expanded, load_recipe, lora_weight, parse_recipe, with_numbers
 from ckptools.rendering.folder import check_folder, clear_folder
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
@@ -240,9 +240,7 @@ def draws_of(recipe: Recipe) -> Draws:
     }  # fmt: skip
     given: dict[str, Any] = {names[k]: v for k, v in recipe.render.options.items() if k in names}
     if "scores" in recipe.render.options:
-        given["scores"] = (
-            recipe.path.parent / Path(str(recipe.render.options["scores"])).expanduser()
-        )
+        given["scores"] = recipe.beside(str(recipe.render.options["scores"]))
     return Draws(prompts=tuple(prompt.text for prompt in recipe.render.prompts), **given)
 
 
@@ -522,7 +520,7 @@ class _Run:
         """A folder that says how the model is built: the recipe's for the base, or the base."""
         recipe, base = self.plan.recipe, self.plan.base
         if base.ref.config:
-            return recipe.path.parent / Path(base.ref.config).expanduser()
+            return recipe.beside(base.ref.config)
         return base.checkpoint.path if base.checkpoint.path.is_dir() else None
 
     def _settle_prompts(self, pipeline: Pipeline) -> None:
@@ -764,7 +762,7 @@ def _word(text: str) -> yaml.ScalarNode:
 
 def _move(node: yaml.ScalarNode, recipe: Recipe, folder: Path, to: Path | None = None) -> None:
     """Make a relative path lead to the same file from another folder."""
-    written = Path(node.value).expanduser()
+    written = expanded(node.value)
     if "://" in node.value or written.is_absolute():
         return
     target = (to or recipe.path.parent / written).absolute()

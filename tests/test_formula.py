@@ -472,6 +472,20 @@ def test_a_bound_is_checked_again_with_the_numbers_of_a_tensor() -> None:
         specialise(formula, scope(), {"M": 0.7})
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "left"),
+    [("slerp(A * M - B, C)", "a", "A - B"), ("ties(A, B - C * M, base=C)", "models", "B - C")],
+)
+def test_what_is_a_difference_with_these_numbers_is_no_argument(
+    text: str, name: str, left: str
+) -> None:
+    formula = parse_formula(text)
+
+    assert specialise(formula, scope(), {"M": 0.5}).terms
+    with pytest.raises(RecipeError, match=f"with these numbers {name!r} is {left}, a difference"):
+        specialise(formula, scope(), {"M": 1.0})
+
+
 @pytest.mark.parametrize("text", ["slerp(A, B * M)", "train_difference(A, B * M, C)"])
 def test_a_model_of_which_nothing_is_left_is_no_argument(text: str) -> None:
     with pytest.raises(RecipeError, match="with these numbers nothing is left of 'b'"):

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,86 @@ def test_coefficients_that_do_not_add_up_are_shown(abc: dict[str, Path], planned
         in plan.warnings
     )
     assert fine.warnings == ()
+
+
+def test_coefficients_within_a_method_are_summed_too(
+    abc: dict[str, Path], planned: Planned
+) -> None:
+    odd = planned(abc, "A * 0.5 + slerp(A + B, slerp(B * 3, C)) * 0.5")
+    fine = planned(abc, "slerp(A * 0.5 + B * 0.5, C)")
+
+    assert odd.warnings == (
+        "within slerp the coefficients add up to 2, not 1, for 1,130 tensors: A + B, sum 2",
+        "within slerp the coefficients add up to 3, not 1, for 1,130 tensors: 3*B, sum 3",
+    )
+    assert fine.warnings == ()
+
+
+def test_a_difference_to_what_a_method_gives_is_no_model(
+    abc: dict[str, Path], planned: Planned
+) -> None:
+    found = errors_of(lambda: planned(abc, "slerp(A, B) * M - C", "params: {M: 1}"))
+
+    assert found[0].what == (
+        "with these numbers the formula is slerp(A, B, t=0.5) - C: a difference, not a model"
+    )
+    assert not planned(abc, "slerp(A, B) * M - C", "params: {M: 2}").warnings
+
+
+@pytest.mark.parametrize("marked", ["A", "B"])
+def test_models_that_predict_different_things_are_told(
+    marked: str, tmp_path: Path, planned: Planned
+) -> None:
+    files = {
+        name: write_model(
+            tmp_path / f"{name}.safetensors", shrunk("sdxl", 64), seed=seed,
+            edits={"v_pred": torch.zeros(0)} if name == marked else {},
+        )
+        for seed, name in enumerate("AB")
+    }  # fmt: skip
+    other = "B" if marked == "A" else "A"
+    warnings = planned(files, "A * 0.5 + B * 0.5").warnings
+
+    assert any(
+        "the models predict different things" in text
+        and f"{marked} predicts v" in text and f"{other} predicts epsilon" in text
+        for text in warnings
+    )  # fmt: skip
+    assert not any("predict different" in text for text in planned(files, "A").warnings)
+
+
+def test_a_dtype_for_what_the_result_has_not_is_told(
+    shared: dict[str, Path], planned: Planned
+) -> None:
+    plan = planned(
+        {"A": shared["no-vae"]}, "A", "", "o.safetensors, dtype: {vae: fp32, unet: bf16}"
+    )
+
+    assert "output dtype: the result has no vae" in plan.warnings
+    assert not any("the result has no unet" in text for text in plan.warnings)
+
+
+def test_globs_may_spell_tensors_as_the_file_does(tmp_path: Path, planned: Planned) -> None:
+    """A UNet alone has names without the beginning that whole models give them."""
+    specs = {
+        (bare := name.removeprefix(UNET)): replace(spec, name=bare)
+        for name, spec in shrunk("sd1").items()
+        if name.startswith(UNET)
+    }
+    for name, spec in specs.items():  # the width that tells the family of a UNet alone
+        if "attn2.to_k" in name or "attn2.to_v" in name:
+            specs[name] = replace(spec, shape=(spec.shape[0], 768))
+    files = {
+        name: write_model(tmp_path / f"{name}.safetensors", specs, seed=seed)
+        for seed, name in enumerate("AB")
+    }
+    for pattern in ("input_blocks.*", f"{UNET}input_blocks.*"):
+        plan = planned(
+            files, "A * (1 - M) + B * M", f'params: {{M: {{default: 0, "{pattern}": 1}}}}'
+        )
+        copied = {s.spec.name for s in plan.steps if s.why == "the formula is B here"}
+
+        assert copied == {name for name in specs if name.startswith("input_blocks.")}
 
 
 def test_rounding_of_coefficients_is_no_reason_to_warn(
@@ -895,19 +976,20 @@ def test_empty_markers_of_a_v_prediction_model_stay_as_the_base_has_them(
     assert told == (with_markers == "B")
 
 
+@pytest.mark.parametrize("shape", [(1, 77), (77,)])
 def test_position_ids_that_drifted_to_floats_are_repaired_and_told(
-    abc: dict[str, Path], planned: Planned, tmp_path: Path
+    shape: tuple[int, ...], abc: dict[str, Path], planned: Planned, tmp_path: Path
 ) -> None:
-    drifted = {POSITION_IDS: torch.arange(77).reshape(1, 77).float() * 0.987}
+    drifted = {POSITION_IDS: torch.arange(77).reshape(shape).float() * 0.987}
     one = write_model(tmp_path / "a.safetensors", shrunk("sd1"), seed=1, edits=drifted)
     plan = planned({"A": one, "B": abc["B"]}, "A * 0.5 + B * 0.5")
     step = find_step(plan, POSITION_IDS)
     written = load_file(merge(plan.recipe).output)[POSITION_IDS]
 
     assert isinstance(step.program, PositionIds)
-    assert step.spec == TensorSpec(POSITION_IDS, "I64", (1, 77))
+    assert step.spec == TensorSpec(POSITION_IDS, "I64", shape)
     assert plan.notes == (f"{POSITION_IDS}: position ids stored as F32 are repaired to 0, 1, 2, …",)
-    assert torch.equal(written, torch.arange(77).reshape(1, 77))
+    assert torch.equal(written, torch.arange(77).reshape(shape))
 
 
 def test_integers_are_carried_from_the_base(planned: Planned, tmp_path: Path) -> None:
@@ -931,6 +1013,16 @@ def test_integers_are_carried_from_the_base(planned: Planned, tmp_path: Path) ->
 def own(sd1_models: tuple[Path, Path, Path], tmp_path: Path) -> Path:
     """A copy of model A in the test's own folder."""
     return Path(shutil.copy(sd1_models[0], tmp_path / "own.safetensors"))
+
+
+def test_an_output_that_leads_to_itself_is_refused(abc: dict[str, Path], tmp_path: Path) -> None:
+    for name, target in (("o.safetensors", "p.safetensors"), ("p.safetensors", "o.safetensors")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    recipe = parse_recipe(recipe_text(abc, "A", "", "o.safetensors"), tmp_path / "r.yaml")
+    error = only_error(lambda: make_plan(recipe))
+
+    assert isinstance(error, OutputError)
+    assert "is a link that leads to itself" in error.what
 
 
 @pytest.mark.parametrize("way", ["same", "relative", "symlink", "hard link", "linked folder"])

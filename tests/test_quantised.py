@@ -23,7 +23,7 @@ from ckptools.workflow import merge
 
 Tensors = dict[str, Tensor]
 FP8 = torch.float8_e4m3fn
-LAYER = "model.diffusion_model.middle_block.1.proj_in"
+LAYER = "model.diffusion_model.middle_block.0.emb_layers.1"
 WHAT = "codes that are no numbers without their scales"
 
 
@@ -117,7 +117,7 @@ def test_codes_are_not_merged(
     with pytest.raises(CkptError, match=WHAT) as caught:
         run(tmp_path, models, "merge: A * 0.5 + B * 0.5\noutput: {path: o.safetensors}")
     errors = caught.value.errors if isinstance(caught.value, ManyErrors) else (caught.value,)
-    assert [error.what[:9] for error in errors] == [f"model {name!r}:" for name in quantised]
+    assert [error.what[:10] for error in errors] == [f"model {name!r}:" for name in quantised]
     assert {error.fix for error in errors} == {"use the model's release in fp16 or bf16"}
     assert not (tmp_path / "o.safetensors").exists()
 
@@ -137,10 +137,11 @@ def test_codes_are_copied_with_their_scales(make: Callable[[int], Tensors], tmp_
 
 def test_codes_are_not_cast(tmp_path: Path) -> None:
     models = {"A": scaled(1), "B": plain(2)}
-    for text in ("merge: A\noutput: {path: o.safetensors, dtype: fp16}",
-                 "merge: B\ntake: {unet: A}\noutput: {path: o.safetensors, dtype: {unet: fp16}}"):  # fmt: skip
-        with pytest.raises(InputError, match=WHAT):
-            run(tmp_path, models, text)
+    with pytest.raises(InputError, match=WHAT):
+        run(tmp_path, models, "merge: A\noutput: {path: o.safetensors, dtype: fp16}")
+    output = "output: {path: o.safetensors, dtype: {unet: fp16}}"
+    with pytest.raises(InputError, match=WHAT):
+        run(tmp_path, models, f"merge: B\ntake: {{unet: A}}\n{output}")
 
 
 def test_conversion_keeps_codes_or_refuses(tmp_path: Path) -> None:

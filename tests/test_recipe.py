@@ -194,6 +194,7 @@ MISTAKES = [
     ("base: X", "base: unknown model 'X'", "known: A, B"),
     ("base:", "base must be text, it is empty", "give it a value"),
     ("take: {vae: V}", "take 'vae': unknown model 'V'", "known: A, B"),
+    ("take: {}", "take is empty", "leave it out"),
     ("take: V", "take must be a mapping, it is 'V'", "key: value"),
     ("params: {M: high}", "parameter 'M' must be a number, it is 'high'", "such as 0.5"),
     ("params: {M: 1:30}", "parameter 'M' must be a number, it is '1:30'", "such as 0.5"),
@@ -207,6 +208,7 @@ MISTAKES = [
     ("params: {M: {}}", "parameter 'M' is empty", "add `default: 0.5`"),
     ("params: {M: {unet: x}}", "'unet' of parameter 'M' must be a number, it is 'x'", "0.5"),
     ("params: {M: {unet: 1, mbw: [1]}}", "`mbw` must be the first line", "lines below it"),
+    ("params: {M: {mbw: [], default: 1}}", "mbw of parameter 'M' is empty", "one for each block"),
     ("params: {M: {mbw: 0.5}}", "mbw of parameter 'M' must be a list of numbers", ""),
     ("params: {M: {mbw: [0.5, x]}}", "mbw of parameter 'M' must be a number, it is 'x'", "0.5"),
     ("params: {M:0.5}", "'M:0.5' in params has no value", "`M: 0.5`"),
@@ -335,6 +337,10 @@ def test_a_mistake_in_a_model(value: str, what: str, fix: str) -> None:
 OUTPUT_MISTAKES = [
     ("{}", "output has no 'path'", "add `path:`"),
     ("out.safetensors", "output must be a mapping, it is 'out.safetensors'", "key: value"),
+    ("{path: ~nobody-here/o.safetensors}", "there is no user 'nobody-here'", "in full"),
+    ("{path: o.safetensors, dtype: {}}", "dtype is empty", "dtype: fp16"),
+    ("{path: o.safetensors, metadata: {'': x}}", "a key of metadata is empty", "a name"),
+    ("{path: o.safetensors, metadata: {modelspec.hash_sha256: a}}", "is for ckptools to", "leave"),
     ("{path: out/}", "the output 'out/' does not name a file", "'out/merged.safetensors'"),
     ("{path: .safetensors}", "'.safetensors' does not name a file", "'merged.safetensors'"),
     ("{path: o.safetensors, metadata: {format: tf}}", "'format' is for ckptools to", "leave it"),
@@ -570,6 +576,8 @@ def test_a_model_may_have_a_file_name_that_yaml_would_read_as_something_else(wor
         (with_line("? [A]\n: 1"), "a key of the recipe must be plain text", ":5", ""),
         (with_line("<<: {base: A}"), "unknown key '<<'", ":5", ""),
         (MINIMAL + "\x00", "not YAML", "", "text file"),
+        (with_line('base: "\\uD800"'), "half of a character", ":5", "all of it"),
+        (with_line('base: "\\UFFFFFFFF"'), "a character that there is not", "", ""),
     ],
 )
 def test_what_is_no_recipe_says_so(text: str, what: str, where: str, fix: str) -> None:
@@ -586,6 +594,30 @@ def test_a_recursive_or_deep_file_is_refused_not_followed() -> None:
 
     assert "it is a mapping" in recursive[0].what
     assert deep[0].what == "nested too deeply"
+
+
+@pytest.mark.parametrize("place", ["let", "merge"])
+def test_a_chain_of_lets_is_as_deep_as_a_formula_may_be(place: str) -> None:
+    """Each line of the chain is three deeper than the one above it: sum, product, name."""
+
+    def chain(length: int) -> str:
+        lets = "".join(f"\n  x{n}: 0.5 * x{n - 1} + 0.5 * A" for n in range(1, length))
+        last = f"x{length - 1}"
+        text = with_line("let:\n  x0: A" + lets).replace("merge: A", f"merge: {last}")
+        return text if place == "merge" else text.replace(f"merge: {last}", f"merge: {last} * 1")
+
+    assert len(parse(chain(60)).lets) == 60
+    (error,) = errors_of(chain(600))
+    assert error.what == (
+        "let 'x67': with the `let`s that it uses, the formula is nested more than 200 deep"
+    )
+    assert error.fix == "merge in two steps, with a file in between"
+
+
+def test_a_path_of_a_user_that_is_not_there_is_a_folder_s_name() -> None:
+    recipe = parse(MINIMAL.replace("a.safetensors", "~nobody-here/a.safetensors"))
+
+    assert recipe.file_of(recipe.models["A"]) == Path("folder/~nobody-here/a.safetensors")
 
 
 @given(st.text(max_size=60))

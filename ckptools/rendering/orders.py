@@ -87,8 +87,8 @@ def section_order(recipe: Recipe) -> Order:
             given[ours] = given.pop(theirs)
     for name in ("image", "mask", "control", "config", "vae", "scores"):
         if name in given:
-            given[name] = recipe.path.parent / Path(given[name]).expanduser()
-    beside = recipe.path.parent / Path(given.get("condition", "")).expanduser()
+            given[name] = recipe.beside(given[name])
+    beside = recipe.beside(given.get("condition", ""))
     if beside.is_file():
         given["condition"] = str(beside)
     return Order(**given)
@@ -105,14 +105,14 @@ def default_folder(plan: Plan) -> Path:
     """Where a recipe's pictures go."""
     recipe = plan.recipe
     if recipe.render is not None and recipe.render.folder:
-        return recipe.path.parent / Path(recipe.render.folder).expanduser()
+        return recipe.beside(recipe.render.folder)
     return recipe.output_path.with_name(f"{recipe.output_path.stem}-render")
 
 
 def against_files(recipe: Recipe) -> list[Path]:
     """The files that the recipe's `render:` wants to compare with."""
     named = recipe.render.against if recipe.render is not None else None
-    return [recipe.path.parent / Path(text).expanduser() for text in named or ()]
+    return [recipe.beside(text) for text in named or ()]
 
 
 def check_section(plan: Plan, *, force: bool = False) -> None:

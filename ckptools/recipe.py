@@ -337,7 +337,7 @@ _SOME_TEXT: dict[str, object] = {"type": "array", "items": _TEXT, "minItems": 1}
 PROMPT_KEYS: dict[str, Key] = {
     "prompt": Key("What to draw.", _TEXT, required=True),
     "negative": Key("What not to draw.", {"type": "string"}),
-    "id": Key("A word for file names.", _TEXT),
+    "id": Key("A word for file names.", {"type": "string", "pattern": r"^\w[\w.-]*$"}),
 }
 RENDER_KEYS: dict[str, Key] = {
     "when": Key(
@@ -1346,6 +1346,7 @@ def _unused(
 
 # --- render ------------------------------------------------------------------------------------
 
+_FILE_WORD = re.compile(r"\w[\w.-]*")
 _PICTURE_SIZE = re.compile(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*\Z")
 
 
@@ -1407,13 +1408,18 @@ def _render_option(reader: _Reader, name: str, node: yaml.Node) -> object:
 def _picture_size(reader: _Reader, node: yaml.Node) -> tuple[int, int] | None:
     """(width, height) of `512x768` or [512, 768]."""
     if isinstance(node, yaml.SequenceNode) and len(node.value) == 2:
-        sides = [reader.whole(item, "a side", 99_999) for item in node.value]
-        return (sides[0] or 0, sides[1] or 0)
-    found = _PICTURE_SIZE.match(node.value) if isinstance(node, yaml.ScalarNode) else None
-    if found is None:
-        reader.error(node, f"size must be width x height, it is {_shape(node)}", "such as 512x768")
+        width, height = (reader.whole(item, "a side", 99_999) for item in node.value)
+    else:
+        found = _PICTURE_SIZE.match(node.value) if isinstance(node, yaml.ScalarNode) else None
+        if found is None:
+            said = f"size must be width x height, it is {_shape(node)}"
+            reader.error(node, said, "such as 512x768")
+            return None
+        width, height = int(found[1]), int(found[2])
+    if not width or not height:
+        reader.error(node, "a side of the size is 0", "such as 512x768")
         return None
-    return int(found[1]), int(found[2])
+    return width, height
 
 
 def _prompts(reader: _Reader, node: yaml.Node | None) -> tuple[PromptRef, ...]:
@@ -1431,6 +1437,10 @@ def _prompts(reader: _Reader, node: yaml.Node | None) -> tuple[PromptRef, ...]:
             fields = reader.known(item, f"prompt {number}", PROMPT_KEYS)
         text = reader.text(fields["prompt"], f"prompt {number}") if "prompt" in fields else ""
         own = reader.text(fields["id"], "id") if "id" in fields else ""
+        if own and not _FILE_WORD.fullmatch(own):
+            reader.error(
+                fields["id"], f"the id {own!r} is no word for file names", "letters, digits, _ - ."
+            )
         negative = fields.get("negative")
         made.append(
             PromptRef(

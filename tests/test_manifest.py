@@ -202,15 +202,13 @@ def test_metadata_of_other_models_is_not_taken(folder: Path, tmp_path: Path) -> 
     assert "modelspec.author" not in done.metadata
 
 
-def test_metadata_of_the_recipe_wins_but_not_over_the_hash(folder: Path, tmp_path: Path) -> None:
-    own = {"note": "mine", "modelspec.title": "Mine", HASH_KEY: "0xbeef"}
+def test_metadata_of_the_recipe_wins(folder: Path, tmp_path: Path) -> None:
+    own = {"note": "mine", "modelspec.title": "Mine"}
     models = {name: str(folder / f"{name}.safetensors") for name in "AB"}
 
     done = merged(tmp_path, recipe_text(models, output={"metadata": own}))
 
-    assert {key: done.metadata[key] for key in own if key != HASH_KEY} == {
-        key: value for key, value in own.items() if key != HASH_KEY
-    }
+    assert {key: done.metadata[key] for key in own} == own
     assert done.metadata[HASH_KEY] == f"0x{sha256(data_of(done.output))}"
 
 

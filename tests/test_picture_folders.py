@@ -347,7 +347,7 @@ def test_a_second_ctrl_c_in_a_sweep_s_report_tells_the_truth(
 def test_ctrl_c_in_a_running_process(tmp_path: Path, kind: str, told: str) -> None:
     """SIGINT once some pictures are there: exit code 130, whole files, a report."""
     words = write_sweep(tmp_path) if kind == "sweep" else ["render", C, "-o", str(tmp_path / "s")]
-    more = ["--set", "M=0:1:0.02"] if kind == "sweep" else ["--seed", "1", *seeds(200)]
+    more = ["--set", "M=0:1:0.2"] if kind == "sweep" else ["--seed", "1", *seeds(200)]
     process = subprocess.Popen(
         [sys.executable, "-m", "ckptools", *words, *more, *(FEW if kind == "render" else [])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

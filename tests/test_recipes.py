@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ckptools.checking import check_source
 from ckptools.cli import run
 from ckptools.family import detect
 from ckptools.sources import open_checkpoint
+from ckptools.sweep import Draws
+from ckptools.workflow import _DEMO
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -70,6 +74,11 @@ def test_the_demo_merges_checks_draws_and_sweeps(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # less of each: what they do in full is for their own tests
+    monkeypatch.setattr("ckptools.checking.check_source", partial(check_source, quick=True))
+    less = _DEMO.replace("[0, 0.5, 1]", "[0.5]") + "render: {{steps: 6, when: never}}\n"
+    monkeypatch.setattr("ckptools.workflow._DEMO", less)
+    monkeypatch.setattr("ckptools.sweep.Draws", partial(Draws, steps=4))
 
     assert run(["demo"]) == 0
 

@@ -18,7 +18,8 @@ from ckptools.lora.names import Fit, fitting_families
 from ckptools.program import Change, Read
 
 if TYPE_CHECKING:
-    from ckptools.plan import Plan, Source, Step
+    from ckptools.opening import Source
+    from ckptools.plan import Plan, Step
 
 
 def adapter_title(file: AdapterFile) -> str:

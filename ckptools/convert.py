@@ -33,7 +33,7 @@ from ckptools.manifest import (
     version,
     with_hash,
 )
-from ckptools.plan import existing_folder, manifest_problem
+from ckptools.placement import existing_folder, manifest_problem
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in

@@ -135,6 +135,15 @@ def raise_all(errors: Sequence[CkptError]) -> None:
         raise ManyErrors(errors)
 
 
+def grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
+    """Per-tensor errors, the first few kept: one wrong model makes hundreds alike."""
+    if len(errors) <= most:
+        return list(errors)
+    rest = len(errors) - most
+    more = InputError(f"and {rest:,} more tensors with the same kind of error")
+    return [*errors[:most], more]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word nearest to `word`, or lists the known words.
 

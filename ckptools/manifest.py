@@ -18,7 +18,8 @@ from typing import Any
 
 from ckptools.checkpoint import Checkpoint, open_file
 from ckptools.hubref import is_hub_text
-from ckptools.plan import Plan, Source
+from ckptools.opening import Source
+from ckptools.plan import Plan
 from ckptools.recipe import ParamRef, Recipe, lora_weight
 from ckptools.tensors import RECIPE_DTYPES
 from ckptools.writer import MANIFEST_SCHEMA, Layout

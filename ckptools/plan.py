@@ -1,13 +1,11 @@
 """From a recipe and file headers to a plan: what becomes of every tensor, and why.
 
-Every check lives here and all mistakes are reported together. Reads no tensor bytes, no torch.
+All that is wrong is reported together. Reads no tensor bytes, no torch.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,45 +17,39 @@ from typing import Literal
 from ckptools.baking import (
     Baking,
     adapter_bases,
-    adapter_title,
     adapters_in,
     changes_of,
     numbers_of,
     over_base,
 )
-from ckptools.checkpoint import Checkpoint, json_beside, read_json_object
-from ckptools.copies import as_copy, usual_names
 from ckptools.errors import (
     CkptError,
     InputError,
     ManyErrors,
-    OutputError,
     RecipeError,
+    grouped,
     nearest,
     raise_all,
 )
-from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, kind_words
-from ckptools.folders import as_component
+from ckptools.family import UNKNOWN, Family, family_of
 from ckptools.formula import (
     AdapterDelta,
     Applied,
     Baked,
     Leaf,
     Linear,
-    adapter_names,
     base_model,
-    model_names,
-    model_roles,
     specialise,
     used_names,
 )
-from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.keymap import key_map_ids
 from ckptools.known import Known, known_tensors
-from ckptools.lora.group import PEFT_CONFIG, AdapterFile, group, scale_of
+from ckptools.lora.group import AdapterFile, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
 from ckptools.methods import load_methods
+from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, of_source, open_sources
+from ckptools.placement import output_problems
 from ckptools.plain import needs_torch
 from ckptools.program import (
     MAX_F32_TERMS,
@@ -76,16 +68,13 @@ from ckptools.program import (
     reads_of,
 )
 from ckptools.quantised import not_numbers, quantised_in
-from ckptools.recipe import ModelRef, Recipe, lora_weight
+from ckptools.recipe import Recipe, lora_weight
 from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
 from ckptools.writer import (
-    MANIFEST_SCHEMA,
     index_path,
     lay_out,
-    manifest_path,
-    part_path,
     shard_paths,
     split_shards,
 )
@@ -97,61 +86,11 @@ ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 PROCESS_BYTES = 240_000_000
 PLAIN_PROCESS_BYTES = 50_000_000
 WORKER_BYTES = 17_000_000  # its output buffers
-_ADAPTER_KINDS = {"lora", "embedding"}
-_WHOLE = {"checkpoint", "controlnet"}  # what such a file has no component of, it has not at all
 _READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
 _SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
-
-
-@dataclass(frozen=True)
-class Source:
-    """One opened model of the recipe.
-
-    names    canonical tensor name -> the name it has in this file
-    doubles  (name left out, name used) of tensors that the file has under two spellings
-    adapter  the file's modules, where it stands in the recipe as an adapter
-    config   PEFT's adapter_config.json beside it, {} where there is none
-    is_guest  whether it stands where a method takes models of another kind than it gives: then
-              the checkpoint is a view of what the result is a copy of, under the result's names
-    notes    what is worth a line about it
-    """
-
-    ref: ModelRef
-    checkpoint: Checkpoint
-    detection: Detection
-    names: Mapping[str, str]
-    doubles: tuple[tuple[str, str], ...] = ()
-    adapter: AdapterFile | None = None
-    config: Mapping[str, object] = field(default_factory=dict)
-    is_guest: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The model's name in formulas."""
-        return self.ref.name
-
-    @property
-    def label(self) -> str:
-        """The file's name without its folder; for a folder of the Hub, its repository's."""
-        if is_hub_text(self.ref.path):
-            ref = parse_hub_ref(self.ref.path)
-            return (ref.file or ref.repo).rpartition("/")[2]
-        return self.checkpoint.path.name
-
-    @property
-    def title(self) -> str:
-        """What the file is, in words: "Stable Diffusion 1.x inpainting"."""
-        if self.adapter is not None:
-            return adapter_title(self.adapter)
-        if self.detection.family is None:
-            return "unknown"
-        variant = self.detection.variant or ""
-        title = family_of(self.detection).title
-        return title if variant in ("", "base") else f"{title} {variant}"
 
 
 @dataclass(frozen=True)
@@ -286,207 +225,6 @@ def _width(program: Compute) -> int:
     return 4 if program.precision == "F32" else 8
 
 
-# --- opening -----------------------------------------------------------------------------------
-
-
-def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Source, ...]:
-    """Open every model of a recipe and say what it is; all that cannot be opened at once."""
-    sources: list[Source] = []
-    errors: list[CkptError] = []
-    adapters = adapter_names(recipe.result, recipe.scope)
-    _check_roles(recipe, adapters)
-    for ref in recipe.models.values():
-        is_adapter = ref.name in adapters
-        try:
-            open_one = _open_adapter if is_adapter else _open_source
-            sources.append(open_one(ref, opener(recipe.file_of(ref))))
-        except CkptError as exc:
-            noun = "adapter" if is_adapter else "model"
-            errors += _grouped([_of_source(ref, noun, one) for one in _each_of(exc)])
-    if errors:
-        for source in sources:
-            source.checkpoint.close()
-    raise_all(errors)
-    try:
-        return _with_parts(recipe, _with_guests(recipe, sources))
-    except BaseException:
-        for source in sources:
-            source.checkpoint.close()
-        raise
-
-
-_NOUNS = {"controlnet": "a ControlNet", "checkpoint": "a whole model"}
-_DIFFERENCE = "difference"  # the marker tensor of a ControlNet that is a difference to a UNet
-
-
-def _with_guests(recipe: Recipe, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """The sources, guests as views; wrong kinds of files are errors that point into the formula."""
-    by_name = {source.name: source for source in sources}
-    roles = model_roles(recipe.result, recipe.scope)
-    raise_all(
-        [
-            role.formula.error(
-                f"{role.parameter} is {role.model}, {by_name[role.model].title}; "
-                f"it must be {_NOUNS[role.kind]}",
-                role.column,
-            )
-            for role in roles
-            if role.kind and by_name[role.model].detection.kind not in (role.kind, "unknown")
-        ]
-    )
-    guests = {role.model for role in roles if role.is_guest}
-    guests -= {role.model for role in roles if not role.is_guest}
-    host = by_name[recipe.base]
-    if host.name in guests:
-        raise RecipeError(
-            f"base: {host.name} is {host.title}, and the result is not",
-            where=recipe.merge.where,
-            fix="leave `base` out",
-        )
-    if not guests or not family_of(host.detection).copied:
-        return tuple(sources)
-    return tuple(_guest(host, each) if each.name in guests else each for each in sources)
-
-
-def _guest(host: Source, guest: Source) -> Source:
-    """A model as what its copy knows of it."""
-    family = family_of(host.detection)
-    variant = host.detection.variant
-    theirs = guest.detection.family
-    of = family.variants[variant].of if variant else theirs
-    if _DIFFERENCE in host.checkpoint:
-        raise InputError(
-            f"{host.name} is stored as a difference to a UNet, which goes with any base as it is",
-            where=host.ref.where,
-            fix="use it with the new base, without a transfer",
-        )
-    if not of or theirs not in (of, None):
-        made_for = f"for {of}" if of else f"for {variant}, whose copies are not known"
-        raise InputError(
-            f"{host.name} is a {family.title} {made_for}, {guest.name} is {guest.title}",
-            where=guest.ref.where,
-            fix="use models of the family that it was made for",
-        )
-    copy = {usual: host.checkpoint[own] for usual, own in host.names.items()}
-    try:
-        view, notes = as_copy(guest.checkpoint, guest.names, family, copy)
-    except InputError as exc:
-        raise _of_source(guest.ref, "model", exc) from exc
-    guest.checkpoint.close()
-    names = MappingProxyType({name: name for name in view})
-    return replace(guest, checkpoint=view, names=names, is_guest=True, notes=notes)
-
-
-def _with_parts(recipe: Recipe, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """The sources; a file that is only taken from, and holds a part alone, as the part it gives."""
-    family = _common_family(recipe, {source.name: source for source in sources})
-    taken: dict[str, list[str]] = {}
-    for component, (name, _) in recipe.take.items():
-        taken.setdefault(name, []).append(component)
-    for name in (recipe.base, *used_names(recipe.result, recipe.scope)):
-        taken.pop(name, None)
-    return tuple(
-        _part(source, family, taken[source.name]) if source.name in taken else source
-        for source in sources
-    )
-
-
-def _part(source: Source, family: Family, components: Sequence[str]) -> Source:
-    """A file of its own under the names that its tensors have in the result's family."""
-    named = {family.component_of(name) for name in source.names}
-    if source.detection.kind in _WHOLE or not named.isdisjoint(components):
-        return source
-    try:
-        view = as_component(source.checkpoint, family.id, components)
-    except CkptError as exc:
-        raise ManyErrors(
-            [_of_source(source.ref, "model", error) for error in _each_of(exc)]
-        ) from exc
-    if view is None:
-        return source
-    source.checkpoint.close()
-    names = MappingProxyType({name: name for name in view})
-    return replace(source, checkpoint=view, names=names)
-
-
-def _common_family(recipe: Recipe, by_name: Mapping[str, Source]) -> Family:
-    """The base's family, or another participant's where the base is unknown."""
-    for name in (recipe.base, *used_names(recipe.result, recipe.scope)):
-        if name in by_name and by_name[name].adapter is None:
-            family = family_of(by_name[name].detection)
-            if family is not UNKNOWN:
-                return family
-    return UNKNOWN
-
-
-def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
-    """A name is a model or an adapter, not both."""
-    named = (recipe.base, *model_names(recipe.result, recipe.scope))
-    models = dict.fromkeys(named, recipe.merge.where) | dict(recipe.take.values())
-    raise_all(
-        [
-            RecipeError(
-                f"{name!r} is baked as an adapter, and used as a model as well",
-                where=models[name],
-                fix="give the model and the adapter a name each",
-            )
-            for name in sorted(adapters)
-            if name in models
-        ]
-    )
-
-
-def _each_of(error: CkptError) -> tuple[CkptError, ...]:
-    return error.errors if isinstance(error, ManyErrors) else (error,)
-
-
-def _of_source(ref: ModelRef, noun: str, error: CkptError) -> CkptError:
-    """The error, with the recipe's line and name for the source that it is about."""
-    error.what = f"{noun} {ref.name!r}: {error.what}"
-    error.where = f"{ref.where}: {error.where}" if error.where else ref.where
-    if noun == "adapter" and not error.fix:
-        error.fix = "download the file again, or ask its author"
-    return error
-
-
-def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
-    try:
-        detection = detect(checkpoint, checkpoint.metadata)
-        if detection.kind not in ("lora", "unknown"):
-            raise InputError(
-                f"this is {kind_words(detection)}, not an adapter",
-                fix="bake() takes a model and an adapter",
-            )
-        config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
-        adapter = group(checkpoint, checkpoint.metadata, config=config)
-    except BaseException:
-        checkpoint.close()
-        raise
-    names: Mapping[str, str] = MappingProxyType({})
-    return Source(ref, checkpoint, detection, names, adapter=adapter, config=config)
-
-
-def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
-    detection = detect(checkpoint, checkpoint.metadata)
-    if detection.kind in _ADAPTER_KINDS:
-        checkpoint.close()
-        raise InputError(
-            f"this is {kind_words(detection)}, not weights", fix="a formula needs whole models"
-        )
-    canonical = usual_names(checkpoint, detection)
-    names: dict[str, str] = {}
-    doubles: list[tuple[str, str]] = []
-    for name in checkpoint:
-        usual = canonical(name)
-        if usual in names:
-            kept, left = (name, names[usual]) if name == usual else (names[usual], name)
-            doubles.append((left, kept))
-            names[usual] = kept
-        else:
-            names[usual] = name
-    return Source(ref, checkpoint, detection, MappingProxyType(names), tuple(doubles))
-
-
 # --- the plan ----------------------------------------------------------------------------------
 
 
@@ -535,7 +273,7 @@ class _Planner:
             if name in self.by_name and self.by_name[name].adapter is None
         ]
         self.guests = frozenset(source.name for source in sources if source.is_guest)
-        self.family = _common_family(recipe, self.by_name)
+        self.family = common_family(recipe, self.by_name)
         self._anchor = base_model(recipe.merge, recipe.scope)  # whatever `base:` says
         self.errors: list[CkptError] = []
         self.warnings: list[str] = [*recipe.warnings]
@@ -561,7 +299,7 @@ class _Planner:
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
         self.errors += [*self._codes(steps)]
-        raise_all(_grouped([*self._number_errors(), *self._nothing_merged(steps), *self.errors]))
+        raise_all(grouped([*self._number_errors(), *self._nothing_merged(steps), *self.errors]))
         by_name = {step.spec.name: step for step in steps}
         shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
         paths = shard_paths(recipe.output_path, len(shards))
@@ -581,7 +319,7 @@ class _Planner:
             bakings=tuple(self.bakings.values()),
         )
         if write:
-            self.errors += _output_problems(plan, force=force or recipe.output.overwrite)
+            self.errors += output_problems(plan, force=force or recipe.output.overwrite)
         raise_all(self.errors)
         self._tell(plan)
         return replace(plan, warnings=tuple(self.warnings), notes=tuple(self.notes))
@@ -696,7 +434,7 @@ class _Planner:
                 ({_moved(name, *move): own for name, own in found.items()} for move in moves),
                 key=lambda moved: len(moved.keys() & wanted),
             )
-        if source.detection.kind in _WHOLE:
+        if source.detection.kind in WHOLE_KINDS:
             return {}
         named = {prefix + name: own for prefix in prefixes for name, own in source.names.items()}
         return {name: own for name, own in named.items() if name in wanted}
@@ -748,7 +486,7 @@ class _Planner:
                 for name, one in known.items()
                 if name in found and source.checkpoint[found[name]].numel != math.prod(one.shape)
             ]
-        self.errors += _grouped(misfits)
+        self.errors += grouped(misfits)
 
     def _has_full_size(self) -> bool:
         """Whether the base is as wide as its family's models are; a narrow relative is not."""
@@ -832,7 +570,7 @@ class _Planner:
             try:
                 self._match_adapter(source, source.adapter, match(source.adapter, names))
             except CkptError as exc:
-                self.errors += self._misfits(source, source.adapter, _each_of(exc))
+                self.errors += self._misfits(source, source.adapter, each_of(exc))
 
     def _misfits(
         self, source: Source, file: AdapterFile, errors: Sequence[CkptError]
@@ -840,7 +578,7 @@ class _Planner:
         """The errors of laying an adapter over the model; one, where it is for another family."""
         foreign = self._foreign(file)
         if not foreign:
-            return [_of_source(source.ref, "adapter", error) for error in errors]
+            return [of_source(source.ref, "adapter", error) for error in errors]
         return [
             InputError(
                 f"{source.name} is for {foreign}, the model is {self.family.id}: "
@@ -1053,7 +791,7 @@ class _Planner:
                 for step, program in computed
                 if step.component in components
             ):
-                yield _of_source(source.ref, "model", not_numbers(stored))
+                yield of_source(source.ref, "model", not_numbers(stored))
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._formed_by[form] += 1
@@ -1223,7 +961,7 @@ class _Planner:
                         fix="use a complete model, or leave out `strict: true`",
                     )
                 )
-        self.errors = _grouped(self.errors)
+        self.errors = grouped(self.errors)
 
     def _variant(self) -> str | None:
         """The result's variant: the base's, or that of the model whose channels it got."""
@@ -1444,95 +1182,3 @@ def _lacks(step: Step) -> bool:
 def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
     reasons = Counter(step.why for step in steps if _lacks(step))
     return dict(reasons)
-
-
-def _grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
-    """Per-tensor errors, the first few shown: one wrong model makes hundreds alike."""
-    if len(errors) <= most:
-        return list(errors)
-    rest = len(errors) - most
-    more = InputError(f"and {rest:,} more tensors with the same kind of error")
-    return [*errors[:most], more]
-
-
-# --- the output --------------------------------------------------------------------------------
-
-
-def _output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
-    where = plan.recipe.output.where
-    opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
-    inputs = [file.path for checkpoint in opened for file in checkpoint.files]
-    inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
-    for part in map(part_path, (*plan.outputs, manifest_path(plan.recipe.output_path))):
-        if any(_same_file(part, other) for other in inputs):
-            yield OutputError(
-                f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one of "
-                "the inputs",
-                where=where,
-                fix="write to another file",
-            )
-    in_the_way = manifest_problem(plan.recipe.output_path, force=force)
-    if in_the_way:
-        yield in_the_way.at(where)
-    for path in plan.outputs:
-        if any(_same_file(path, other) for other in inputs):
-            yield OutputError(
-                f"the output {os.path.normpath(path)!r} is one of the inputs",
-                where=where,
-                fix="write to another file",
-            )
-        elif path.exists() and not force:
-            yield OutputError(
-                f"the output {os.path.normpath(path)!r} exists",
-                where=where,
-                fix="use --force, or `overwrite: true`, to replace it",
-            )
-        elif path.is_dir():
-            yield OutputError(f"the output {os.path.normpath(path)!r} is a folder", where=where)
-    folder = existing_folder(plan.recipe.output_path.parent)
-    if not folder.is_dir():
-        yield OutputError(f"{str(folder)!r} is not a folder", where=where)
-        return
-    if not os.access(folder, os.W_OK):
-        yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
-    total, _, free = shutil.disk_usage(folder)
-    if plan.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
-        yield OutputError(
-            f"the disk is too full: the output needs {plan.file_bytes / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free",
-            where=where,
-            fix="free some space, or write to another disk",
-        )
-
-
-def manifest_problem(output: Path, *, force: bool) -> OutputError | None:
-    """What is wrong with the place of an output's manifest: another's file, or a folder.
-
-    By force any file is replaced; a folder cannot be.
-    """
-    path = manifest_path(output)
-    if not os.path.lexists(path) or (force and path.is_file()):
-        return None
-    try:
-        document = read_json_object(path) or {}
-    except InputError:
-        document = {}
-    if document.get("schema") == MANIFEST_SCHEMA:
-        return None
-    return OutputError(
-        f"{os.path.normpath(path)!r} is in the way, and no manifest",
-        fix="remove it, or write elsewhere",
-    )
-
-
-def existing_folder(folder: Path) -> Path:
-    """The nearest folder, upwards, that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    if one.exists():
-        return one.samefile(other)
-    return os.path.realpath(one) == os.path.realpath(other)

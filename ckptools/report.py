@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ckptools.baking import Baking
     from ckptools.family import Family
     from ckptools.methods import Method
-    from ckptools.plan import Plan, Source, Step
+    from ckptools.opening import Source
+    from ckptools.plan import Plan, Step
     from ckptools.workflow import MergeResult
 
 _COMMON_FORMS = 3
@@ -236,7 +237,7 @@ def _baking_json(baking: Baking) -> dict[str, object]:
 def _free_bytes(plan: Plan) -> int:
     import shutil
 
-    from ckptools.plan import existing_folder
+    from ckptools.placement import existing_folder
 
     return shutil.disk_usage(existing_folder(plan.recipe.output_path.parent)).free
 

@@ -33,7 +33,8 @@ from ckptools.errors import (
 from ckptools.family import detect
 from ckptools.formula import used_names
 from ckptools.manifest import embedded_metadata
-from ckptools.plan import Plan, Source, make_plan
+from ckptools.opening import Source
+from ckptools.plan import Plan, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, expanded, load_recipe, lora_weight, parse_recipe, with_numbers
 from ckptools.rendering.folder import check_folder, clear_folder

@@ -29,7 +29,8 @@ from ckptools.engine import (
     is_whole,
 )
 from ckptools.evaluation import as_tensor, single_threaded
-from ckptools.plan import Plan, Source
+from ckptools.opening import Source
+from ckptools.plan import Plan
 from ckptools.program import Copy, Read
 from ckptools.tensors import DTYPES, TensorSpec
 from ckptools.writer import Layout, lay_out

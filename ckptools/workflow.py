@@ -21,7 +21,8 @@ from ckptools.checkpoint import file_sha256, read_json_object
 from ckptools.crew import usable_cores
 from ckptools.errors import InputError, UsageError, nearest_name
 from ckptools.manifest import embedded_metadata, manifest_document, with_hash
-from ckptools.plan import Plan, Source, Step, make_plan
+from ckptools.opening import Source
+from ckptools.plan import Plan, Step, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, load_recipe
 from ckptools.sources import Opener, open_checkpoint

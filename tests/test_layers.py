@@ -46,7 +46,7 @@ LAYERS = (
         "lineage",
         "lora",
     },
-    {"plan", "baking", "plain", "evaluation"},
+    {"plan", "opening", "placement", "baking", "plain", "evaluation"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
     {

@@ -20,7 +20,7 @@ from ckptools.errors import CkptError, InputError, RecipeError, UsageError, rais
 from ckptools.hub.remote import Hub, Progress
 from ckptools.hubref import HubRef, is_hub_text, is_safe_file, parse_hub_ref
 from ckptools.lora.group import PEFT_CONFIG
-from ckptools.plan import Source
+from ckptools.opening import Source
 from ckptools.recipe import ModelRef, Recipe
 from ckptools.sources import open_checkpoint
 from ckptools.writer import PartFile, whole_file

@@ -280,6 +280,7 @@ class _Planner:
         self.notes: list[str] = []
         self.params: dict[str, CompiledParam] = {}
         self._forms: dict[tuple[float, ...], Linear] = {}
+        self._untouched: dict[Linear, Linear] = {}  # forms, for tensors that no adapter changes
         self._formed_by: Counter[Linear] = Counter()
         self._widened: list[str] = []
         self._mixes: dict[Linear, tuple[Mix, bool]] = {}
@@ -676,6 +677,13 @@ class _Planner:
         """
         if not self.bakings:
             return form
+        if any(name in baking.match.placed for baking in self.bakings.values()):
+            return self._resolve(form, name)
+        if form not in self._untouched:
+            self._untouched[form] = self._resolve(form, name)
+        return self._untouched[form]
+
+    def _resolve(self, form: Linear, name: str) -> Linear:
         result = Linear(())
         for leaf, value in form.terms:
             result = result + self._resolved_leaf(leaf, name) * value
@@ -683,11 +691,11 @@ class _Planner:
 
     def _resolved_leaf(self, leaf: Leaf, name: str) -> Linear:
         if isinstance(leaf, Applied):
-            models = tuple(self._resolved(model, name) for model in leaf.models)
+            models = tuple(self._resolve(model, name) for model in leaf.models)
             return Linear.of(replace(leaf, models=models))
         if not isinstance(leaf, Baked):
             return Linear.of(leaf)
-        model = self._resolved(leaf.model, name)
+        model = self._resolve(leaf.model, name)
         changes = self._changes(leaf.adapter, name)
         if not changes:
             return model

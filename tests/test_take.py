@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 
 def values(name: str, seed: int) -> Tensors:
     """A narrow model that is of its family without a text encoder too, by the width it reads."""
+    return dict(_values(name, seed))
+
+
+@cache
+def _values(name: str, seed: int) -> Tensors:
     full = layout(name)
     specs = shrunk(name, 64)
     for tensor, spec in specs.items():

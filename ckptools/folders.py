@@ -165,7 +165,7 @@ def _named_best(map_: KeyMap, id_: str, parts: Mapping[str, _Part]) -> _Named:
         if below:
             tried.append(_named_from_folder(map_, id_, prefix, below))
             tried += [_named_below(map_, own, prefix, below) for own in component.prefixes]
-    return max(tried, key=lambda named: len(named.used))
+    return max(tried, key=lambda named: len(named.used), default=_Named({}, {}, set()))
 
 
 def _named_from_folder(map_: KeyMap, id_: str, prefix: str, parts: Mapping[str, _Part]) -> _Named:

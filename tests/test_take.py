@@ -271,6 +271,11 @@ def test_a_file_of_unknown_kind_is_no_component(tmp_path: Path) -> None:
     assert error.what == "take: B has no vae; it is unknown"
 
 
+def test_an_empty_file_is_no_component(tmp_path: Path) -> None:
+    (error,) = errors_of(tmp_path, {"A": values("sd1", 1), "K": {}}, "{text_encoder: K}")
+    assert error.what == "take: K has no text_encoder; it is unknown"
+
+
 def test_a_base_without_the_component_gets_all_of_it_or_nothing(tmp_path: Path) -> None:
     base, other = values("sd1", 1), values("sd1", 2)
     vae = below(other, "first_stage_model.")

@@ -383,7 +383,9 @@ def _special(path: Path) -> FileType | None:
 
 
 def _similar_files(path: Path) -> str:
-    """A hint that names files that are there."""
+    """A hint that names files that are there, the one first that may be meant."""
+    if path.as_posix().find(":/") > 1:
+        return "web addresses are not read: download it, or use hf://owner/repo/file"
     parent = path.parent
     try:
         there = sorted(item.name for item in parent.iterdir() if item.suffix in _MODEL_SUFFIXES)
@@ -393,6 +395,9 @@ def _similar_files(path: Path) -> str:
         return "check the path"
     if not there:
         return "check the path"
+    for name in there:
+        if Path(name).stem.casefold() == path.stem.casefold():
+            return f"did you mean {name!r}?"
     shown = ", ".join(there[:6]) + (", …" if len(there) > 6 else "")
     return f"in that folder: {shown}"
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 from ckptools.errors import CkptError, RecipeError, closest, nearest, raise_all
-from ckptools.methods import Method
+from ckptools.methods import Method, load_methods
 
 Kind = Literal["weights", "delta", "scalar"]
 MAX_FORMULA_CHARS = 20_000
@@ -562,11 +562,10 @@ def bind(call: Call, method: Method, formula: Formula) -> Bound:
         elif method.variadic:
             extra.append((method.variadic, value))
         else:
-            raise formula.error(
-                f"{call.method} takes {len(method.models)} models, this is one more",
-                value.column,
-                usage(method),
-            )
+            what = f"{call.method} takes {len(method.models)} models, this is one more"
+            if isinstance(value, Number):
+                what = f"{call.method}: a number has its name before it"
+            raise formula.error(what, value.column, usage(method))
     for name, value in call.keywords:
         known = (*method.models, *method.keyword_models, *method.scalars)
         if name not in known:
@@ -828,7 +827,9 @@ def _leaf_text(leaf: Leaf) -> str:
 
 
 def _applied_text(leaf: Applied) -> str:
-    parts = [str(model) for model in leaf.models]
+    keywords = load_methods()[leaf.method].keyword_models
+    places = [""] * (len(leaf.models) - len(keywords)) + [f"{name}=" for name in keywords]
+    parts = [f"{place}{model}" for place, model in zip(places, leaf.models, strict=True)]
     parts += [f"{name}={value:.6g}" for name, value in leaf.scalars]
     return f"{leaf.method}({', '.join(parts)})"
 

@@ -236,7 +236,7 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
         if detection.kind not in ("lora", "unknown"):
             raise InputError(
                 f"this is {kind_words(detection)}, not an adapter",
-                fix="bake() takes a model and an adapter",
+                fix="`loras:` and bake() take adapters; name it in `models:` to merge it",
             )
         config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
         adapter = group(checkpoint, checkpoint.metadata, config=config)
@@ -252,7 +252,10 @@ def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     if detection.kind in _ADAPTER_KINDS:
         checkpoint.close()
         raise InputError(
-            f"this is {kind_words(detection)}, not weights", fix="a formula needs whole models"
+            f"this is {kind_words(detection)}, not weights",
+            fix="bake it: `loras: [{path: …, weight: 0.8}]`, or bake(A, L, weight=0.8)"
+            if detection.kind == "lora"
+            else "a formula needs whole models",
         )
     canonical = usual_names(checkpoint, detection)
     names: dict[str, str] = {}

@@ -90,6 +90,8 @@ _READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic
 _SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
+# What an adapter of `loras:` weighs where its weight has no line: it must have no modules there.
+_UNSAID = ParamLine("default", 0.0, may_be_empty=True)
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
 
 
@@ -516,6 +518,8 @@ class _Planner:
                 lines = ref.lines
                 if ref.mbw:
                     lines = (*mbw_lines(ref.mbw, self.family, ref.where), *lines)
+                if ref.name in weights:
+                    lines = (_UNSAID, *lines)
                 self.params[ref.name] = compile_param(
                     Param(lines), name_of_param=ref.name, family=self.family,
                     names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
@@ -546,7 +550,7 @@ class _Planner:
         if key not in self._forms:
             values = {param: line.value for param, line in lines.items()}
             self._forms[key] = specialise(self.recipe.result, self.recipe.scope, values)
-        return self._forms[key], lines
+        return self._forms[key], {n: line for n, line in lines.items() if line is not _UNSAID}
 
     # --- adapters ---
 
@@ -647,6 +651,7 @@ class _Planner:
                     fix=f"{advice} for {component}, or leave out `take`",
                 )
             )
+        self._check_weight(source, found)
         for note in file.notes:
             self.notes.append(f"{source.name}: {note}")
         if file.embeddings:
@@ -659,6 +664,31 @@ class _Planner:
             for module in file.modules.values()
         }
         self.bakings[source.name] = Baking(source, found, MappingProxyType(scales))
+
+    def _check_weight(self, source: Source, found: Match) -> None:
+        """Every tensor that an adapter of `loras:` changes needs a weight; no other does."""
+        name = lora_weight(source.name)
+        if name not in self.params:
+            return
+        all_lines = self.params[name].lines
+        lines = {tensor: all_lines[tensor] for tensor in found.placed if tensor in all_lines}
+        missing = [tensor for tensor, line in lines.items() if line is _UNSAID]
+        if missing:
+            components = ", ".join(sorted({self.family.component_of(each) for each in missing}))
+            more = f" and {len(missing) - 1:,} more" if missing[1:] else ""
+            self.errors.append(
+                RecipeError(
+                    f"param {name!r}: no value for {missing[0]}{more}",
+                    where=self.recipe.params[name].where,
+                    fix=f"add `default:`, or a line for {components}",
+                )
+            )
+        idle = {id(line) for line in all_lines.values()} - {id(line) for line in lines.values()}
+        self.notes += [
+            f"{line.where}: {line.selector!r} has no say: {source.name} changes nothing there"
+            for line in self.recipe.params[name].lines
+            if id(line) in idle and line.selector != "default"
+        ]
 
     def _has_weight(self, adapter: str, name: str) -> bool:
         """Whether an adapter of `loras:` has another weight than 0 for a tensor."""

@@ -261,11 +261,15 @@ def expanded(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the recipe language: what it is for, and its JSON Schema."""
+    """One key of the recipe language: what it is for, and its JSON Schema.
+
+    example  how it is written, where a value alone would not tell
+    """
 
     text: str
     schema: Mapping[str, object] = field(default_factory=dict)
     required: bool = False
+    example: str = ""
 
 
 _TEXT: dict[str, object] = {"type": "string", "minLength": 1}
@@ -400,7 +404,12 @@ PUBLISH_KEYS: dict[str, Key] = {
     "tags": Key("Tags of the card.", {"type": "array", "items": _TEXT}),
 }
 TOP_KEYS: dict[str, Key] = {
-    "ckptools": Key("Version of the recipe language.", {"const": SCHEMA_VERSION}, required=True),
+    "ckptools": Key(
+        "Version of the recipe language.",
+        {"const": SCHEMA_VERSION},
+        required=True,
+        example=f"ckptools: {SCHEMA_VERSION}",
+    ),
     "models": Key(
         "Name to file. Names are used in formulas.",
         _map_of({"anyOf": [_TEXT, _object(MODEL_KEYS)]}, propertyNames=_NAMED, minProperties=1),
@@ -419,7 +428,12 @@ TOP_KEYS: dict[str, Key] = {
         {"type": "array", "items": {"anyOf": [_TEXT, _object(LORA_KEYS)]}},
     ),
     "take": Key("Component to model: taken byte for byte.", _map_of(_TEXT, minProperties=1)),
-    "output": Key("The file to write.", _object(OUTPUT_KEYS), required=True),
+    "output": Key(
+        "The file to write.",
+        _object(OUTPUT_KEYS),
+        required=True,
+        example="output: {path: merged.safetensors}",
+    ),
     "render": Key(
         "Draw test pictures of the result and check them.",
         {"anyOf": [_FLAG, _object(RENDER_KEYS)]},
@@ -547,7 +561,9 @@ class _Reader:
         if isinstance(node, yaml.MappingNode):
             for name, row in keys.items():
                 if row.required and name not in there:
-                    self.error(node, f"{what} has no {name!r}", f"add `{name}:` ({row.text})")
+                    such = f", such as `{row.example}`" if row.example else ""
+                    fix = f"add `{name}:` ({row.text.rstrip('.')}){such}"
+                    self.error(node, f"{what} has no {name!r}", fix)
         return there
 
     def text(self, node: yaml.Node, what: str) -> str | None:
@@ -643,6 +659,8 @@ _YAML_HINTS = {
     "expected <block end>": "indent the line as its neighbours are, and close what is open",
     "expected the node content": "close what is open: a bracket, a quote",
     "expected ','": "put a comma between the entries, and close what is open",
+    "unknown escape character": "put paths with \\ in single quotes, or write them with /",
+    "unexpected end of stream": "close the quote that is open",
     "cannot start any token": "put the value in quotes",
     "mapping values are not allowed": "is there a space after `:`, and is the indent right?",
 }
@@ -714,8 +732,10 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        what = _no_recipe(raw) or "the recipe is not UTF-8 text"
-        raise RecipeError(what, where=str(path), fix="give a .yaml file") from exc
+        what = _no_recipe(raw)
+        fix = "give a .yaml file" if what else "save it as UTF-8"
+        what = what or "the recipe is not UTF-8 text"
+        raise RecipeError(what, where=str(path), fix=fix) from exc
     return parse_recipe(text, path, overrides=overrides)
 
 
@@ -753,7 +773,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     publish = _publish(reader, keys.get("publish"), {*models, *loras})
     scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
     scope, merge = _formulas(reader, keys.get("let"), keys.get("merge"), scope)
-    params = _set_params(reader, params, overrides or {})
+    params, weights = _set_params(reader, params, weights, overrides or {})
     raise_all(reader.all_errors())  # the rest leans on names and types that hold
     if merge is None or output is None:
         raise AssertionError("a missing key is an error above")
@@ -792,7 +812,8 @@ def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
     if node is not None and (not isinstance(node, yaml.ScalarNode) or node.value != "1"):
         reader.error(
             node,
-            f"this is version {SCHEMA_VERSION} of the recipe language, not {_shape(node)}",
+            f"the recipe is in version {_shape(node)} of the recipe language; this release reads "
+            f"version {SCHEMA_VERSION}",
             "write `ckptools: 1`, or use the ckptools release the recipe was made for",
         )
 
@@ -947,18 +968,21 @@ def _params(
 
 
 def _set_params(
-    reader: _Reader, params: Mapping[str, ParamRef], overrides: Mapping[str, float]
-) -> dict[str, ParamRef]:
-    """The parameters with the command line's numbers in place of their lines."""
-    found = dict(params)
+    reader: _Reader,
+    params: Mapping[str, ParamRef],
+    weights: Mapping[str, ParamRef],
+    overrides: Mapping[str, float],
+) -> tuple[dict[str, ParamRef], dict[str, ParamRef]]:
+    """Parameters and adapters' weights, with the command line's numbers for their lines."""
+    known, found = {**params, **weights}, {**params, **weights}
     for name, number in overrides.items():
-        if name in params:
+        if name in known:
             found[name] = ParamRef(name, (ParamLine("default", number, "--set"),), (), "--set")
-        elif reader.lacks(name, params):
-            fix = nearest(name, params) or "the recipe has no `params:`"
+        elif reader.lacks(name, known):
+            fix = nearest(name, known) or "the recipe has no `params:`"
             what = f"unknown parameter {name!r}"
             reader.errors.append(UsageError(what, where="--set", fix=fix))
-    return found
+    return {name: found[name] for name in params}, {name: found[name] for name in weights}
 
 
 def _param(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
@@ -1245,6 +1269,10 @@ def _publish(reader: _Reader, node: yaml.Node | None, models: Collection[str]) -
 def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
     if node is None:
         return None
+    if isinstance(node, yaml.ScalarNode) and node.value:
+        what = f"output must be a mapping, it is {_shape(node)}"
+        reader.error(node, what, f"write `output: {{path: {node.value}}}`")
+        return None
     keys = reader.known(node, "output", OUTPUT_KEYS)
     path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""
     if path and (path.endswith(("/", "\\")) or Path(path).name in ("", "..", ".safetensors")):
@@ -1257,7 +1285,7 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         reader.error(
             keys["path"],
             f"the output {path!r} does not end in .safetensors",
-            f"write {path + '.safetensors'!r}",
+            f"write {str(Path(path).with_suffix('.safetensors'))!r}",
         )
     if path.startswith("~") and expanded(path) == Path(path):
         reader.error(

@@ -25,7 +25,7 @@ from ckptools.errors import (
     UsageError,
     nearest,
 )
-from ckptools.family import KINDS, Detection, detect, load_families
+from ckptools.family import KINDS, Detection, detect, family_of, load_families
 from ckptools.hashing import (
     Lane,
     Progress,
@@ -35,6 +35,7 @@ from ckptools.hashing import (
     stream_file,
 )
 from ckptools.hub import look
+from ckptools.known import known_tensors
 from ckptools.manifest import HASH_KEY, embedded_metadata, with_hash
 from ckptools.plan import Plan
 from ckptools.progress import Progress as MergeProgress
@@ -135,6 +136,7 @@ def verify_source(
         _check_names(checkpoint, found)
         _check_header(checkpoint, found)
         _check_family(detection, wanted_family, found)
+        _check_whole(checkpoint, detection, found, is_asked=bool(expect))
         manifest = _check_manifest(checkpoint, found)
         _check_data(
             checkpoint,
@@ -241,6 +243,23 @@ def _check_family(detection: Detection, wanted: tuple[str, str], found: _Finding
     elif variant and variant != detection.variant:
         message = f"this is {what}/{detection.variant}, not {name}/{variant}"
         found.problems.append(Problem("family", message))
+
+
+def _check_whole(
+    checkpoint: Checkpoint, detection: Detection, found: _Findings, *, is_asked: bool
+) -> None:
+    """A component that is there in part: a warning, a problem where a family is asked for."""
+    family = family_of(detection)
+    own = {family.canonical_name(name) for name in checkpoint}
+    held = {family.component_of(name) for name in own}
+    lacking: dict[str, list[str]] = {}
+    for name, known in known_tensors(detection, own).items():
+        component = family.component_of(name)
+        if name not in own and not known.may_lack and component in held - {"other"}:
+            lacking.setdefault(component, []).append(name)
+    for component, names in lacking.items():
+        message = f"{component} lacks {len(names):,} tensors, such as {names[0]}"
+        (found.problems if is_asked else found.warnings).append(Problem("incomplete", message))
 
 
 # --- the manifest beside it --------------------------------------------------------------------

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from ckptools.checkpoint import file_sha256, read_json_object
 from ckptools.crew import usable_cores
-from ckptools.errors import InputError, UsageError, nearest_name
+from ckptools.errors import InputError, OutputError, UsageError, nearest_name
 from ckptools.manifest import embedded_metadata, manifest_document, with_hash
 from ckptools.opening import Source
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.progress import Progress
-from ckptools.recipe import Recipe, load_recipe
+from ckptools.recipe import Recipe, parse_recipe
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.writer import (
     Layout,
@@ -203,12 +203,30 @@ def find_step(plan: Plan, tensor: str) -> Step:
 
 
 def demo_recipe(folder: Path) -> Recipe:
-    """Write the demo's recipe, over the models inside the package, to a folder and load it."""
+    """Write the demo's recipe, over the models inside the package, to a folder and load it.
+
+    Raises `OutputError` where a recipe, or a result without its manifest, is there that no demo
+    wrote.
+    """
     models = Path(__file__).parent / "tiny"
+    path, text = folder / "recipe.yaml", _DEMO.format(models=models.as_posix())
+    recipe = parse_recipe(text, path)
+    is_other = path.exists() and _but_models(path.read_bytes()) != _but_models(text.encode())
+    is_theirs = recipe.output_path.exists() and not manifest_path(recipe.output_path).exists()
+    if is_other or is_theirs:
+        raise OutputError(
+            "this is not the demo's",
+            where=str(path if is_other else recipe.output_path),
+            fix="give another folder: ckptools demo -o FOLDER",
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(_DEMO.format(models=models.as_posix()), encoding="utf-8")
-    return load_recipe(path)
+    path.write_text(text, encoding="utf-8")
+    return recipe
+
+
+def _but_models(text: bytes) -> list[bytes]:
+    """Its lines but for the models', which lie elsewhere in another installation."""
+    return [line for line in text.splitlines() if b"/tiny/" not in line]
 
 
 _DEMO = """\

@@ -46,6 +46,24 @@ def test_a_missing_file_names_those_that_are_there(tmp_path: Path) -> None:
     assert "notes" not in caught.value.fix
 
 
+@pytest.mark.parametrize("name", ["one.safetensor", "One.safetensors", "one"])
+def test_a_file_of_another_ending_is_meant(name: str, tmp_path: Path) -> None:
+    for there in ("one.safetensors", "two.safetensors"):
+        (tmp_path / there).touch()
+
+    with pytest.raises(InputError, match="no such file") as caught:
+        open_checkpoint(tmp_path / name)
+
+    assert caught.value.fix == "did you mean 'one.safetensors'?"
+
+
+def test_a_web_address_is_no_path() -> None:
+    with pytest.raises(InputError, match="no such file") as caught:
+        open_checkpoint(Path("folder") / "https://example.org/one.safetensors")
+
+    assert caught.value.fix.startswith("web addresses are not read")
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file") as caught:
         open_checkpoint(tmp_path / "modles" / "a.safetensors")

@@ -400,7 +400,9 @@ def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
     assert done.returncode == 2
-    assert done.stderr == f"error: {os.strerror(errno.ENOSPC)}\n"
+    assert done.stderr == (
+        f"error: {os.strerror(errno.ENOSPC)}\n  fix: free some space, or write to another disk\n"
+    )
 
 
 # Ctrl-C in a callback that Python calls by itself, where it drops what is raised.

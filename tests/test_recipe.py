@@ -341,7 +341,7 @@ def test_a_mistake_in_a_model(value: str, what: str, fix: str) -> None:
 
 OUTPUT_MISTAKES = [
     ("{}", "output has no 'path'", "add `path:`"),
-    ("out.safetensors", "output must be a mapping, it is 'out.safetensors'", "key: value"),
+    ("out.safetensors", "output must be a mapping, it is 'out.safetensors'", "{path: out.safet"),
     ("{path: ~nobody-here/o.safetensors}", "there is no user 'nobody-here'", "in full"),
     ("{path: o.safetensors, dtype: {}}", "dtype is empty", "dtype: fp16"),
     ("{path: o.safetensors, metadata: {'': x}}", "a key of metadata is empty", "a name"),
@@ -350,7 +350,7 @@ OUTPUT_MISTAKES = [
     ("{path: .safetensors}", "'.safetensors' does not name a file", "'merged.safetensors'"),
     ("{path: o.safetensors, metadata: {format: tf}}", "'format' is for ckptools to", "leave it"),
     ("{path: o.safetensors, metadata: {ckptools.recipe: x}}", "is for ckptools to", "leave it"),
-    ("{path: out.ckpt}", "the output 'out.ckpt' does not end in .safetensors", "out.ckpt.safet"),
+    ("{path: out.ckpt}", "the output 'out.ckpt' does not end in .safetensors", "'out.safet"),
     ("{path: o.safetensors, dtyp: fp16}", "unknown key 'dtyp' in output", "did you mean 'dtype'?"),
     ("{path: o.safetensors, dtype: fp61}", "unknown dtype 'fp61'", "did you mean 'fp16'?"),
     ("{path: o.safetensors, dtype: {vae: F16}}", "unknown dtype 'F16'", "known: bf16"),
@@ -380,6 +380,8 @@ def test_a_missing_key_is_named_with_what_it_is_for(key: str) -> None:
 
     assert f"the recipe has no {key!r}" in [error.what for error in found]
     assert next(e.fix for e in found if key in e.what).startswith(f"add `{key}:` (")
+    such = {"ckptools": "such as `ckptools: 1`", "output": "`output: {path: merged.safetensors}`"}
+    assert next(e.fix for e in found if key in e.what).endswith(such.get(key, ")"))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,7 @@ def test_a_formula_that_is_no_model_is_refused_with_line_and_column(
 def test_another_version_of_the_language_is_refused(version: str) -> None:
     error = only_error(MINIMAL.replace("ckptools: 1", f"ckptools: {version}"))
 
-    assert "this is version 1 of the recipe language" in error.what
+    assert "this release reads version 1" in error.what
     assert "ckptools: 1" in error.fix
 
 
@@ -684,7 +686,8 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, raw: bytes, what: str) -> None
 
     assert caught.value.what == what
     assert caught.value.where == str(path)
-    assert caught.value.fix == "give a .yaml file"
+    is_text = what.endswith("UTF-8 text")
+    assert caught.value.fix == ("save it as UTF-8" if is_text else "give a .yaml file")
 
 
 def test_a_recipe_that_is_not_there_or_a_folder(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Exit codes: 0 done · 1 a check failed · 2 wrong usage, recipe or I/O · 3 refu
 from __future__ import annotations
 
 import _thread
+import errno
 import gc
 import importlib
 import io
@@ -85,6 +86,14 @@ def group() -> None:
     """
 
 
+_OS_FIXES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EACCES: "check its rights, or write elsewhere",
+    errno.EROFS: "write elsewhere: this disk may only be read",
+}
+
+
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     gc.set_threshold(*_COLLECT_RARELY)
@@ -114,6 +123,11 @@ def run(arguments: list[str]) -> int:
         said = next((each for each in (exc, exc.__cause__) if isinstance(each, Interrupted)), None)
         click.echo(str(said or "interrupted; nothing was left behind"), err=True)
         return _CANCELLED
+    except RuntimeError as exc:  # Python 3.11 wraps what is raised while a class is made
+        if not isinstance(exc.__cause__, KeyboardInterrupt):
+            raise
+        click.echo("interrupted; nothing was left behind", err=True)
+        return _CANCELLED
     except click.ClickException as exc:
         return _usage_error(exc, command, as_json=as_json)
     except CkptError as exc:
@@ -122,7 +136,8 @@ def run(arguments: list[str]) -> int:
         sys.stdout = io.StringIO()  # nothing is left to flush to
         return 0
     except OSError as exc:  # a disk that fails, a name that is too long
-        error = CkptError(exc.strerror or str(exc), where=str(exc.filename or ""))
+        fix = _OS_FIXES.get(exc.errno or 0, "")
+        error = CkptError(exc.strerror or str(exc), where=str(exc.filename or ""), fix=fix)
         return _show(error, command, as_json=as_json)
     return result if isinstance(result, int) else 0
 

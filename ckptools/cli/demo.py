@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from ckptools.recipe import Recipe
 
 
 @click.command(name="demo")
@@ -23,9 +27,8 @@ def command(folder: Path) -> None:
       ckptools demo
     """
     from ckptools import report
-    from ckptools.errors import Interrupted, UsageError
-    from ckptools.rendering import Order, check_order
-    from ckptools.workflow import demo_recipe, find_step, merge, planned, render_recipe
+    from ckptools.errors import Interrupted
+    from ckptools.workflow import demo_recipe, find_step, merge, planned
 
     recipe = demo_recipe(folder)
     report.show_line(f"recipe: {recipe.path}")
@@ -37,6 +40,21 @@ def command(folder: Path) -> None:
     with report.BarProgress() as progress:
         result = merge(recipe, force=True, progress=progress)
     report.show_merge(result)
+    try:
+        _go_on(recipe, result.output, folder)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as exc:
+        raise Interrupted(f"interrupted; the merge is kept in {folder}") from exc
+
+
+def _go_on(recipe: Recipe, merged: Path, folder: Path) -> None:
+    """Check the merge and draw with it, where that can be."""
+    from ckptools import report
+    from ckptools.errors import Interrupted, UsageError
+    from ckptools.rendering import Order, check_order
+    from ckptools.workflow import render_recipe
+
     try:
         check_order(Order())
     except UsageError as exc:
@@ -52,7 +70,7 @@ def command(folder: Path) -> None:
     report.show_line("")
     report.show_line("Does it still work?")
     checked = check_source(
-        result.output, against=(models["A"], models["B"]), base=models["C"],
+        merged, against=(models["A"], models["B"]), base=models["C"],
         tell=report.show_message,
     )  # fmt: skip
     report_check.show_check(checked)

@@ -125,7 +125,10 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
             fix=f"write {str(output) + '.safetensors'!r}",
         )
     path = str(output.absolute())
-    return replace(loaded, output=replace(loaded.output, path=path, where="--output"))
+    # that the recipe's own output may be replaced says nothing of another file
+    elsewhere = replace(loaded.output, path=path, where="--output", overwrite=False)
+    is_same = loaded.output_path.absolute() == output.absolute()
+    return loaded if is_same else replace(loaded, output=elsewhere)
 
 
 def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:

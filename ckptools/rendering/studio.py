@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ckptools.errors import CkptError, Interrupted
+from ckptools.errors import CkptError, Interrupted, OutputError
 from ckptools.manifest import version
 from ckptools.rendering.cache import Cache
 from ckptools.rendering.folder import check_folder, clear_folder
@@ -71,6 +71,11 @@ def render(
             if not studio.pictures:
                 raise
             studio.notes.append(f"ended early: {exc.what}")
+        except OSError as exc:
+            error = OutputError(exc.strerror or str(exc), where=str(exc.filename or folder))
+            if not studio.pictures:
+                raise
+            studio.notes.append(f"ended early: {error.what}")
     rendering = Rendering(
         title=title,
         folder=folder,
@@ -95,6 +100,12 @@ def render(
         write_reports(rendering)
     except KeyboardInterrupt as exc:
         raise Interrupted(f"interrupted; {rendering.kept}, without a report") from exc
+    except OSError as exc:
+        raise OutputError(
+            f"{exc.strerror or exc}; {rendering.kept}, without a report",
+            where=str(exc.filename or folder),
+            fix="free some space, or draw into another folder",
+        ) from exc
     if error is not None:
         raise error
     return rendering

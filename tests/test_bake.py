@@ -407,6 +407,38 @@ def wide_lora(folder: Path, models: Mapping[str, Path], name: str = "lora", seed
     return adapter(folder, tensors | lora(KOHYA_TEXT, *shapes[TEXT], seed=seed + 4), name)
 
 
+def test_an_adapter_needs_weights_where_it_has_modules_and_nowhere_else(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = wide_lora(tmp_path, models)
+    sources = models_of(models, "A")
+
+    (error,) = errors_of(tmp_path, sources, loras=[{"path": path, "weight": {"unet": 0.5}}])
+    assert error.what == f"param 'loras[0].weight': no value for {TEXT}"
+    assert error.fix == "add `default:`, or a line for text_encoder"
+
+    weight = {"unet": 0.5, "text_encoder": 0.5, "vae": 0.5, "IN00": 0.1}
+    notes = planned(tmp_path, sources, "A", loras=[{"path": path, "weight": weight}]).notes
+    idle = [note.split(": ", 1)[1] for note in notes if "has no say" in note]
+    assert idle == [
+        "'vae' has no say: loras[0] changes nothing there",
+        "'IN00' has no say: loras[0] changes nothing there",
+    ]
+
+
+def test_the_command_line_may_set_an_adapters_weight(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = wide_lora(tmp_path, models)
+    recipe = recipe_file(tmp_path, models_of(models, "A"), "A", loras=[{"path": path, "weight": 1}])
+
+    loaded = load_recipe(recipe, overrides={"loras[0].weight": 0.25})
+    result = load_file(merge(loaded).output)
+
+    before = load_file(models["A"])
+    assert_rounded(result[OUT], oracle(path, STEMS[OUT], before[OUT], strength=0.25))
+
+
 STEMS = {
     TENSOR_K: STEM_K,
     OUT: "lora_unet_output_blocks_9_1_transformer_blocks_0_attn2_to_k",
@@ -422,6 +454,7 @@ STEMS = {
         ({"default": 0, "OUT03-OUT11": -1}, {OUT: -1.0}),
         ({"default": 0, "*input_blocks.1.1*attn2*": 2}, {TENSOR_K: 2.0}),
         ({"mbw": [0.5] + [0.0] * 12 + [0.1] * 13}, {OUT: 0.1, TEXT: 0.5}),
+        ({"unet": 0.5, "text_encoder": 0.25}, {TENSOR_K: 0.5, OUT: 0.5, TEXT: 0.25}),
     ],
 )
 def test_weights_go_by_component_block_and_glob(

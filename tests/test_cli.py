@@ -433,6 +433,42 @@ def test_an_interruption_that_python_would_drop_is_not_lost(name: str) -> None:
     assert done.stderr == "interrupted; nothing was left behind\n"
 
 
+def test_an_interruption_while_a_class_is_made_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """Python 3.11 wraps what is raised in a class's body in a RuntimeError."""
+
+    def stop(**_: object) -> None:
+        class Interrupting:
+            def __set_name__(self, *_: object) -> None:
+                raise KeyboardInterrupt
+
+        type("Holder", (), {"field": Interrupting()})
+
+    monkeypatch.setattr("ckptools.cli.group.main", stop)
+
+    assert run(["plan", "x.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
+
+
+def test_another_output_is_not_replaced_because_the_recipes_own_may_be(
+    recipe: Path, capsys: Captured
+) -> None:
+    text = recipe.read_text().replace(
+        "{path: out.safetensors}", "{path: o.safetensors, overwrite: true}"
+    )
+    recipe.write_text(text)
+    other = recipe.parent / "other.safetensors"
+    other.write_bytes(b"mine")
+
+    assert run(["merge", str(recipe), "-q", "-o", str(other)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert other.read_bytes() == b"mine"
+    assert run(["merge", str(recipe), "-q", "-o", str(other), "--force"]) == 0
+    for words in ([], ["-o", str(recipe.parent / "o.safetensors")], []):
+        assert run(["merge", str(recipe), "-q", *words]) == 0
+
+
 def test_no_arguments_show_the_help(capsys: Captured) -> None:
     assert run([]) == 2
 

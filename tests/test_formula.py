@@ -465,6 +465,23 @@ def test_a_call_that_does_not_fit_its_method(text: str, column: int, what: str, 
     assert fix in error.fix
 
 
+@pytest.mark.parametrize(
+    "text", ["ties(A, B, base=C, density=0.4, scale=1)", "slerp(A, 0.5*B + 0.5*C, t=0.25)"]
+)
+def test_a_form_reads_back_as_itself(text: str) -> None:
+    form = specialise(parse_formula(text), scope(), {})
+
+    assert specialise(parse_formula(str(form)), scope(), {}) == form
+    assert str(form) == text
+
+
+def test_a_number_for_a_method_is_given_by_name() -> None:
+    with pytest.raises(RecipeError, match="slerp: a number has its name before it") as caught:
+        check_formula(parse_formula("slerp(A, B, 0.3)"), scope())
+
+    assert caught.value.fix == "slerp(a, b, t=0.5)"
+
+
 def test_a_bound_is_checked_again_with_the_numbers_of_a_tensor() -> None:
     formula = parse_formula("slerp(A, B, t=M * 2)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -232,6 +233,36 @@ def test_an_impatient_person_is_told_the_truth(
 
     assert "1 of 2 pictures are kept in" in capsys.readouterr().err
     assert names(tmp_path / "out") == {"C--prompt1--seed1.png"}
+
+
+@pytest.mark.parametrize("when", ["the second picture", "the reports"])
+def test_a_disk_that_fills_up_says_what_is_kept(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ckptools import render
+
+    whole, done = render.draw, []
+
+    def full(*args: object, **kwargs: object) -> object:
+        if done or when == "the reports":
+            raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+        done.append(1)
+        return whole(*args, **kwargs)
+
+    if when == "the second picture":
+        monkeypatch.setattr("ckptools.render.draw", full)
+    monkeypatch.setattr("ckptools.rendering.studio.write_reports", lambda _: full())
+    done += [1] * (when == "the reports")
+
+    words = ["render", C, *FEW, "-p", PROMPT, "-p", "a star", "-o", str(tmp_path / "out")]
+    assert run(words) == 2
+
+    count = 1 if when == "the second picture" else 2
+    told = capsys.readouterr().err
+    assert f"No space left on device; {count} " in told
+    assert "kept in" in told
+    assert "fix: free some space" in told
+    assert len(names(tmp_path / "out")) == count
 
 
 def test_an_interrupted_gate_says_what_is_kept(

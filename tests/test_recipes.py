@@ -114,6 +114,32 @@ def test_without_the_render_extra_the_demo_merges_and_says_how_to_go_on(
     ]
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "pastel-outlined.safetensors"])
+def test_the_demo_replaces_nothing_but_its_own(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / name
+    mine.write_text("mine")
+
+    assert run(["demo", "-o", str(tmp_path)]) == 2
+    assert "this is not the demo's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert mine.read_text() == "mine"
+
+
+def test_an_interrupted_demo_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptools.checking.check_source", stop)
+
+    assert run(["demo", "-o", str(tmp_path / "d")]) == 130
+    assert f"interrupted; the merge is kept in {tmp_path / 'd'}" in capsys.readouterr().err
+    assert (tmp_path / "d" / "pastel-outlined.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["striped", "glow"])
 def test_a_shipped_adapter_fits_the_family_and_is_shown(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -74,6 +74,25 @@ def test_the_family_can_be_demanded(
     assert "family" in found.checked
 
 
+@pytest.mark.parametrize("expect", ["", "sd1"])
+def test_a_component_that_is_there_in_part_is_told(
+    expect: str, sd1_models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """A problem where a family is asked for; components that are not there at all are none."""
+    name = "model.diffusion_model.out.2.bias"
+    whole = load_file(sd1_models[0])
+    part = {key: value for key, value in whole.items() if key != name}
+    bare = {key: value for key, value in whole.items() if not key.startswith("first_stage")}
+
+    found = verify_source(write_tensors(tmp_path / "part.safetensors", part), expect=expect)
+    fine = verify_source(write_tensors(tmp_path / "bare.safetensors", bare), expect=expect)
+
+    told = [("incomplete", f"unet lacks 1 tensors, such as {name}")]
+    assert [(p.code, p.message) for p in found.problems] == (told if expect else [])
+    assert [(p.code, p.message) for p in found.warnings] == ([] if expect else told)
+    assert "incomplete" not in {p.code for p in (*fine.problems, *fine.warnings)}
+
+
 def test_a_variant_is_told(tmp_path: Path) -> None:
     path = write_model(tmp_path / "i.safetensors", with_channels(shrunk("sd1"), 9), seed=1)
 

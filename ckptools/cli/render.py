@@ -127,7 +127,7 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
     metavar="FOLDER",
-    help="Default: NAME-render, named after the first SRC.",
+    help="Default: NAME-render, named after the first SRC; beside a recipe's output.",
 )
 @click.option(
     "-f", "--force", is_flag=True,

@@ -174,13 +174,14 @@ def adapters_in(form: Linear) -> list[AdapterDelta | Baked]:
 
 def over_base(form: Linear, base: str) -> Linear:
     """The base alone under the adapters that a form ends in: for tensors that a model lacks."""
+    rest = [term for term in form.terms if not isinstance(term[0], AdapterDelta)]
     result = Linear.of(base)
+    if len(rest) == 1 and isinstance(rest[0][0], Baked) and rest[0][1] == 1.0:
+        inner = rest[0][0]
+        result = Linear.of(Baked(over_base(inner.model, base), inner.adapter, inner.strength))
     for leaf, value in form.terms:
         if isinstance(leaf, AdapterDelta):
             result = result + Linear.of(leaf) * value
-    if len(form.terms) == 1 and isinstance(form.terms[0][0], Baked) and form.terms[0][1] == 1.0:
-        inner = form.terms[0][0]
-        return Linear.of(Baked(over_base(inner.model, base), inner.adapter, inner.strength))
     return result
 
 

@@ -72,6 +72,8 @@ _LEFTOVERS = (
     "epoch", "global_step", "pytorch-lightning_version", "loss.", "first_stage_model.loss.",
 )  # fmt: skip
 _ENOUGH_KNOWN = 0.9  # of the tensors, for a family that only a key map describes
+_FOLDER_SUFFIXES = {".json", ".safetensors", ".bin", ".part"}
+_TOKENIZER_FILES = {"merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
 
 
 @dataclass(frozen=True)
@@ -537,6 +539,22 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
             f"{str(output)!r} is no diffusers folder; it is not replaced",
             fix="write to a new folder",
         )
+    others = _files_of_others(output) if target == "diffusers" and output.is_dir() else []
+    if others:
+        raise OutputError(
+            f"{str(output)!r} is not replaced: no conversion wrote {others[0]!r} in it",
+            fix="write to a new folder",
+        )
+
+
+def _files_of_others(folder: Path) -> list[str]:
+    """Files in a diffusers folder that are no weights and no settings: somebody's own."""
+    there = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return [
+        path.relative_to(folder).as_posix()
+        for path in there
+        if path.suffix not in _FOLDER_SUFFIXES and path.name not in _TOKENIZER_FILES
+    ]
 
 
 def _may_replace(folder: Path) -> bool:

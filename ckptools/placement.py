@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import read_json_object
 from ckptools.errors import CkptError, InputError, OutputError
-from ckptools.writer import MANIFEST_SCHEMA, manifest_path, part_path
+from ckptools.writer import MANIFEST_SCHEMA, index_path, manifest_path, part_path
 
 if TYPE_CHECKING:
     from ckptools.plan import Plan
@@ -48,6 +48,13 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
             )
         elif path.is_dir():
             yield OutputError(f"the output {os.path.normpath(path)!r} is a folder", where=where)
+    other = _other_form(plan)
+    if other.exists() and not force:  # one manifest cannot speak of both
+        yield OutputError(
+            f"{os.path.normpath(other)!r}, an output of the same name, exists",
+            where=where,
+            fix="write elsewhere; with --force the new manifest speaks of the new output alone",
+        )
     folder = existing_folder(plan.recipe.output_path.parent)
     if not folder.is_dir():
         yield OutputError(f"{str(folder)!r} is not a folder", where=where)
@@ -62,6 +69,12 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
             where=where,
             fix="free some space, or write to another disk",
         )
+
+
+def _other_form(plan: Plan) -> Path:
+    """Where the same output lies in one file, for shards; where the shards' index, for one file."""
+    output = plan.recipe.output_path
+    return index_path(output) if len(plan.outputs) == 1 else output
 
 
 def manifest_problem(output: Path, *, force: bool) -> OutputError | None:

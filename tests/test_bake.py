@@ -686,6 +686,37 @@ def test_what_another_model_lacks_is_the_bases_with_the_adapter(
     assert "strict: B lacks it" in error.what
 
 
+@pytest.mark.parametrize("kinds", [("dora", "lora"), ("lora", "dora"), ("ia3", "lora")])
+def test_where_a_model_lacks_a_tensor_no_adapter_is_lost(
+    kinds: tuple[str, str], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same as of the base alone, in the order of the list."""
+    parts = {
+        "lora": lora(STEM_K, 10, 24),
+        "dora": lora(STEM_K, 10, 24, seed=9) | {f"{STEM_K}.dora_scale": 1 + noise(10, 1)},
+        "ia3": {f"{STEM_K}.weight": noise(10, 1), f"{STEM_K}.on_input": torch.tensor(False)},
+    }
+    paths = [str(adapter(tmp_path, parts[kind], kind)) for kind in kinds]
+    tensors = {k: v for k, v in load_file(models["B"]).items() if k != TENSOR_K}
+    other = write_tensors(tmp_path / "B.safetensors", tensors)
+
+    lacking = baked(tmp_path, {"A": models["A"], "B": other}, "A * 0.5 + B * 0.5", loras=paths)
+    alone = baked(tmp_path, models_of(models, "A"), loras=paths)
+
+    assert torch.equal(lacking[TENSOR_K], alone[TENSOR_K])
+
+
+@pytest.mark.parametrize(("model", "channels"), [("I", 5), ("I", 8), ("A", 3)])
+def test_a_change_of_other_channels_than_the_latents_is_refused(
+    model: str, channels: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those of a depth model's fifth channel are not an inpainting model's mask."""
+    path = conv_in_lora(tmp_path, channels)
+
+    (error,) = errors_of(tmp_path, models_of(models, model), model, loras=[str(path)])
+    assert "input_blocks.0.0" in str(error) or "conv_in" in str(error)
+
+
 def errors_strict(
     folder: Path, sources: Mapping[str, Path], line: str, **more: object
 ) -> tuple[CkptError, ...]:

@@ -485,6 +485,22 @@ def test_a_killed_run_is_taken_over_and_a_strangers_folder_is_not(
     assert not list((tmp_path / "folder").rglob("*half*"))
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "mine/notes.txt"])
+def test_a_folder_with_somebodys_own_files_is_not_replaced(
+    name: str, sd1: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    convert(Request(sd1, folder))
+    convert(Request(sd1, folder, force=True))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+
+    with pytest.raises(OutputError, match="is not replaced: no conversion wrote") as caught:
+        convert(Request(sd1, folder, force=True))
+    assert name in caught.value.what
+    assert (folder / name).read_text() == "mine"
+
+
 def test_a_folder_that_another_process_writes_is_left_alone(sd1: Path, tmp_path: Path) -> None:
     with writer.PartFolder(tmp_path / "folder"):
         with pytest.raises(OutputError, match="another process is writing"):

@@ -1015,6 +1015,24 @@ def own(sd1_models: tuple[Path, Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copy(sd1_models[0], tmp_path / "own.safetensors"))
 
 
+def test_one_file_and_shards_of_one_name_are_not_both_made(
+    abc: dict[str, Path], tmp_path: Path, planned: Planned
+) -> None:
+    """One manifest could not speak of both."""
+    whole = planned(abc, "A * 0.5 + B * 0.5")
+    shards = planned(abc, "A * 0.2 + B * 0.8", "", "out.safetensors, shard_size: 1MB")
+
+    merge(shards.recipe)
+    error = only_error(lambda: make_plan(whole.recipe))
+    assert error.what.endswith("out.safetensors.index.json', an output of the same name, exists")
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    merge(whole.recipe)
+    error = only_error(lambda: make_plan(shards.recipe))
+    assert error.what.endswith("out.safetensors', an output of the same name, exists")
+    make_plan(shards.recipe, force=True).close()
+
+
 def test_an_output_that_leads_to_itself_is_refused(abc: dict[str, Path], tmp_path: Path) -> None:
     for name, target in (("o.safetensors", "p.safetensors"), ("p.safetensors", "o.safetensors")):
         (tmp_path / name).symlink_to(tmp_path / target)

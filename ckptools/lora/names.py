@@ -74,7 +74,7 @@ class Target:
         if columns is None or not self.takes_fewer_inputs or len(self.shape) < 2:
             return self.shape
         inputs, rest = divmod(columns, math.prod(self.shape[2:]))
-        if rest or not 0 < inputs < self.shape[1]:
+        if rest or inputs not in _LATENT_CHANNELS or inputs >= self.shape[1]:
             return self.shape
         return (self.shape[0], inputs, *self.shape[2:])
 
@@ -85,6 +85,8 @@ class Target:
             return (rows,)
         return (rows, slice(0, shape[1]))
 
+
+_LATENT_CHANNELS = (4, 16)  # what base models take, where their variants take more
 
 Targets = tuple[Target, ...]
 

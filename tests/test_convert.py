@@ -417,10 +417,10 @@ def test_what_cannot_be_done_is_said(
 def test_force_replaces_a_folder_whole(sd1: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     convert(Request(sd1, folder))
-    (folder / "unet" / "old.txt").write_text("old")
+    (folder / "unet" / "old.json").write_text("{}")
     convert(Request(sd1, folder, dtypes={"default": "F16"}, force=True))
 
-    assert not (folder / "unet" / "old.txt").exists()
+    assert not (folder / "unet" / "old.json").exists()
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in unet.values()} == {torch.float16}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

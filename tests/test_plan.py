@@ -634,7 +634,7 @@ def test_an_adapter_where_a_model_is_wanted_is_refused(
 
     assert error.what == "model 'L': this is an adapter (LoRA), not weights"
     assert error.where.endswith("recipe.yaml:6")
-    assert error.fix == "a formula needs whole models"
+    assert error.fix == "bake it: `loras: [{path: …, weight: 0.8}]`, or bake(A, L, weight=0.8)"
 
 
 def test_models_that_cannot_be_opened_come_all_at_once(

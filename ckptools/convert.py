@@ -11,7 +11,6 @@ what PyTorch Lightning keeps beside the weights (`optimizer_states`, `callbacks`
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +32,7 @@ from ckptools.manifest import (
     version,
     with_hash,
 )
-from ckptools.placement import existing_folder, manifest_problem
+from ckptools.placement import existing_folder, manifest_problem, room_problem
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in
@@ -569,14 +568,9 @@ def _check_space(conversion: Conversion) -> None:
     folder = existing_folder(conversion.request.output.absolute().parent)
     if not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is not a folder", fix="write somewhere else")
-    total, _, free = shutil.disk_usage(folder)
-    if conversion.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
-        raise OutputError(
-            f"the disk is too full: the output needs {conversion.file_bytes / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free",
-            where=str(conversion.request.output),
-            fix="free some space, or write to another disk",
-        )
+    too_full = room_problem(folder, conversion.file_bytes)
+    if too_full:
+        raise too_full.at(str(conversion.request.output))
 
 
 # --- doing it ------------------------------------------------------------------------------------

@@ -923,11 +923,9 @@ def _check_models(method: Method, bound: Bound, models: Sequence[Linear], inside
     """`RecipeError` where an argument is a difference with these numbers, or nothing at all."""
     for (name, value), model in zip(bound.models, models, strict=True):
         if model.is_difference:
-            what = (
-                f"{name!r} is {model}, a difference"
-                if model.terms
-                else (f"nothing is left of {name!r}")
-            )
+            what = f"{name!r} is {model}, a difference"
+            if not model.terms:
+                what = f"nothing is left of {name!r}"
             raise inside.error(
                 f"{method.name}: with these numbers {what}", value.column, "check the parameters"
             )

@@ -22,7 +22,7 @@ from ckptools.errors import CkptError, InputError, UsageError, nearest_name
 from ckptools.family import UNKNOWN, Detection, Family, detect, family_of, load_families
 from ckptools.folders import is_diffusers_folder
 from ckptools.hub import look
-from ckptools.known import Known, known_tensors, tensor_list
+from ckptools.known import Known, known_tensors, missing_of, tensor_list
 from ckptools.lineage import Lineage, read_lineage
 from ckptools.tensors import TensorSpec
 from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX
@@ -439,9 +439,7 @@ def _component(
     )
     if not wanted or component == "other":
         return found
-    missing = tuple(
-        sorted(name for name, one in wanted.items() if name not in present and not one.may_lack)
-    )
+    missing = missing_of(wanted, present)
     if not specs:
         return replace(found, state="absent", missing=missing)
     return replace(

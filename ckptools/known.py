@@ -47,6 +47,13 @@ def known_tensors(detection: Detection, names: Collection[str]) -> Mapping[str, 
     return best
 
 
+def missing_of(known: Mapping[str, Known], present: Collection[str]) -> tuple[str, ...]:
+    """What loaders need of the known tensors and is not among those present, sorted."""
+    return tuple(
+        sorted(name for name, one in known.items() if name not in present and not one.may_lack)
+    )
+
+
 @cache
 def tensor_list(name: str) -> Mapping[str, Known]:
     """A list by its name, `family[.variant][.layout]`; {} where there is none."""

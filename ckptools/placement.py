@@ -61,20 +61,27 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
         return
     if not os.access(folder, os.W_OK):
         yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
-    total, _, free = shutil.disk_usage(folder)
-    if plan.file_bytes > free and total:  # some systems of files do not tell: 0 of 0
-        yield OutputError(
-            f"the disk is too full: the output needs {plan.file_bytes / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free",
-            where=where,
-            fix="free some space, or write to another disk",
-        )
+    too_full = room_problem(folder, plan.file_bytes)
+    if too_full:
+        yield too_full.at(where)
 
 
 def _other_form(plan: Plan) -> Path:
     """Where the same output lies in one file, for shards; where the shards' index, for one file."""
     output = plan.recipe.output_path
     return index_path(output) if len(plan.outputs) == 1 else output
+
+
+def room_problem(folder: Path, nbytes: int) -> OutputError | None:
+    """That a folder's disk has no room for so many bytes."""
+    total, _, free = shutil.disk_usage(folder)
+    if nbytes <= free or not total:  # some systems of files do not tell: 0 of 0
+        return None
+    return OutputError(
+        f"the disk is too full: the output needs {nbytes / 1e6:,.1f} MB, "
+        f"{free / 1e6:,.1f} MB are free",
+        fix="free some space, or write to another disk",
+    )
 
 
 def manifest_problem(output: Path, *, force: bool) -> OutputError | None:

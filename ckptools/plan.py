@@ -43,7 +43,7 @@ from ckptools.formula import (
     used_names,
 )
 from ckptools.keymap import key_map_ids
-from ckptools.known import Known, known_tensors
+from ckptools.known import Known, known_tensors, missing_of
 from ckptools.lora.group import AdapterFile, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
@@ -69,15 +69,17 @@ from ckptools.program import (
 )
 from ckptools.quantised import not_numbers, quantised_in
 from ckptools.recipe import Recipe, lora_weight
-from ckptools.selectors import CompiledParam, Param, ParamLine, compile_param, mbw_lines
+from ckptools.selectors import (
+    CompiledParam,
+    Param,
+    ParamLine,
+    compile_param,
+    mbw_lines,
+    no_value_for,
+)
 from ckptools.sources import Opener, open_checkpoint
 from ckptools.tensors import TensorSpec
-from ckptools.writer import (
-    index_path,
-    lay_out,
-    shard_paths,
-    split_shards,
-)
+from ckptools.writer import index_path, lay_out, shard_paths, split_shards
 
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
@@ -363,7 +365,7 @@ class _Planner:
             parts = ", ".join(f"{name} predicts {what}" for name, what in told.items())
             self.warnings.append(
                 f"the models predict different things: {parts}. A model between them predicts "
-                f"neither; in a difference, as in A + (B - C), both sides should agree"
+                "neither; in a difference, as in A + (B - C), both sides should agree"
             )
 
     def _check_components(self) -> None:
@@ -474,9 +476,7 @@ class _Planner:
         if known.keys().isdisjoint(found):
             return
         misfits: list[CkptError] = [
-            _not_in(component, model, name, where)
-            for name, one in known.items()
-            if name not in found and not one.may_lack
+            _not_in(component, model, name, where) for name in missing_of(known, found)
         ]
         if self._has_full_size():
             misfits += [
@@ -550,7 +550,7 @@ class _Planner:
         if key not in self._forms:
             values = {param: line.value for param, line in lines.items()}
             self._forms[key] = specialise(self.recipe.result, self.recipe.scope, values)
-        return self._forms[key], {n: line for n, line in lines.items() if line is not _UNSAID}
+        return self._forms[key], _said(lines)
 
     # --- adapters ---
 
@@ -674,15 +674,9 @@ class _Planner:
         lines = {tensor: all_lines[tensor] for tensor in found.placed if tensor in all_lines}
         missing = [tensor for tensor, line in lines.items() if line is _UNSAID]
         if missing:
-            components = ", ".join(sorted({self.family.component_of(each) for each in missing}))
-            more = f" and {len(missing) - 1:,} more" if missing[1:] else ""
-            self.errors.append(
-                RecipeError(
-                    f"param {name!r}: no value for {missing[0]}{more}",
-                    where=self.recipe.params[name].where,
-                    fix=f"add `default:`, or a line for {components}",
-                )
-            )
+            error = no_value_for(missing, self.family, self.recipe.params[name].where)
+            error.what = f"param {name!r}: {error.what}"
+            self.errors.append(error)
         idle = {id(line) for line in all_lines.values()} - {id(line) for line in lines.values()}
         self.notes += [
             f"{line.where}: {line.selector!r} has no say: {source.name} changes nothing there"
@@ -793,7 +787,7 @@ class _Planner:
             lines = {param: compiled.line_of(names[0]) for param, compiled in self.params.items()}
             told = ", ".join(
                 f"{param} = {line.value:g} (set by {line.selector!r} at {line.where})"
-                for param, line in lines.items()
+                for param, line in _said(lines).items()
             )
             count = f"{len(names):,} tensors, such as {names[0]}" if names[1:] else names[0]
             fix = f"for {count}: {told}" if told else error.fix or f"for {count}"
@@ -814,8 +808,7 @@ class _Planner:
 
     def _codes(self, steps: Sequence[Step]) -> Iterator[CkptError]:
         """Quantised weights may be copied; there is no calculating with them."""
-        programs = [(step, step.program) for step in steps]
-        computed = [(step, p) for step, p in programs if isinstance(p, Compute | Widen)]
+        computed = [step for step in steps if isinstance(step.program, Compute | Widen)]
         for source in self.sources:
             stored = quantised_in(source.checkpoint)
             if not stored:
@@ -825,8 +818,8 @@ class _Planner:
             components = {self.family.component_of(usual.get(own, own)) for own in stored}
             if any(
                 source.name in self.used
-                or any(read.source == number and read.name in stored for read in reads_of(program))
-                for step, program in computed
+                or any(r.source == number and r.name in stored for r in reads_of(step.program))
+                for step in computed
                 if step.component in components
             ):
                 yield of_source(source.ref, "model", not_numbers(stored))
@@ -1140,6 +1133,11 @@ class _WideStep:
                 fix="bake it into the finished model, in a second recipe",
             )
         )
+
+
+def _said(lines: Mapping[str, ParamLine]) -> dict[str, ParamLine]:
+    """The lines that stand in the recipe."""
+    return {param: line for param, line in lines.items() if line is not _UNSAID}
 
 
 def _bare(spec: TensorSpec, action: Action, program: Program, why: str) -> Step:

@@ -115,7 +115,7 @@ def compile_param(
         winning.update(dict.fromkeys(selected, line))
     missing = [n for n in names if n not in winning and not family.is_protected(n)]
     if missing and not errors:
-        errors.append(_missing(missing, param, family))
+        errors.append(no_value_for(missing, family, param.lines[0].where if param.lines else ""))
     for error in errors:
         error.what = f"param {name_of_param!r}: {error.what}"
     raise_all(errors)
@@ -286,11 +286,11 @@ def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:
     return RecipeError(what, where=line.where, fix=fix)
 
 
-def _missing(missing: Sequence[str], param: Param, family: Family) -> RecipeError:
+def no_value_for(missing: Sequence[str], family: Family, where: str) -> RecipeError:
+    """The error of tensors that no line of a param selects."""
     components = sorted({family.component_of(name) for name in missing})
     fix = f"add `default:`, or a line for {', '.join(components)}"
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    where = param.lines[0].where if param.lines else ""
     return RecipeError(f"no value for {missing[0]}{more}", where=where, fix=fix)
 
 

@@ -35,7 +35,7 @@ from ckptools.hashing import (
     stream_file,
 )
 from ckptools.hub import look
-from ckptools.known import known_tensors
+from ckptools.known import known_tensors, missing_of
 from ckptools.manifest import HASH_KEY, embedded_metadata, with_hash
 from ckptools.plan import Plan
 from ckptools.progress import Progress as MergeProgress
@@ -253,9 +253,9 @@ def _check_whole(
     own = {family.canonical_name(name) for name in checkpoint}
     held = {family.component_of(name) for name in own}
     lacking: dict[str, list[str]] = {}
-    for name, known in known_tensors(detection, own).items():
+    for name in missing_of(known_tensors(detection, own), own):
         component = family.component_of(name)
-        if name not in own and not known.may_lack and component in held - {"other"}:
+        if component in held - {"other"}:
             lacking.setdefault(component, []).append(name)
     for component, names in lacking.items():
         message = f"{component} lacks {len(names):,} tensors, such as {names[0]}"

@@ -120,14 +120,11 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt) as exc:
-        said = next((each for each in (exc, exc.__cause__) if isinstance(each, Interrupted)), None)
-        click.echo(str(said or "interrupted; nothing was left behind"), err=True)
-        return _CANCELLED
+        return _cancelled(exc)
     except RuntimeError as exc:  # Python 3.11 wraps what is raised while a class is made
         if not isinstance(exc.__cause__, KeyboardInterrupt):
             raise
-        click.echo("interrupted; nothing was left behind", err=True)
-        return _CANCELLED
+        return _cancelled(exc)
     except click.ClickException as exc:
         return _usage_error(exc, command, as_json=as_json)
     except CkptError as exc:
@@ -140,6 +137,12 @@ def run(arguments: list[str]) -> int:
         error = CkptError(exc.strerror or str(exc), where=str(exc.filename or ""), fix=fix)
         return _show(error, command, as_json=as_json)
     return result if isinstance(result, int) else 0
+
+
+def _cancelled(exc: BaseException) -> int:
+    said = next((each for each in (exc, exc.__cause__) if isinstance(each, Interrupted)), None)
+    click.echo(str(said or "interrupted; nothing was left behind"), err=True)
+    return _CANCELLED
 
 
 def _show(error: CkptError, command: str, *, as_json: bool) -> int:

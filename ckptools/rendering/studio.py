@@ -66,15 +66,10 @@ def render(
             interrupted = True
             if not studio.pictures:
                 raise
-        except CkptError as exc:
-            error = exc
+        except (CkptError, OSError) as exc:
             if not studio.pictures:
                 raise
-            studio.notes.append(f"ended early: {exc.what}")
-        except OSError as exc:
-            error = OutputError(exc.strerror or str(exc), where=str(exc.filename or folder))
-            if not studio.pictures:
-                raise
+            error = exc if isinstance(exc, CkptError) else _of_system(exc, folder)
             studio.notes.append(f"ended early: {error.what}")
     rendering = Rendering(
         title=title,
@@ -101,14 +96,18 @@ def render(
     except KeyboardInterrupt as exc:
         raise Interrupted(f"interrupted; {rendering.kept}, without a report") from exc
     except OSError as exc:
-        raise OutputError(
-            f"{exc.strerror or exc}; {rendering.kept}, without a report",
-            where=str(exc.filename or folder),
-            fix="free some space, or draw into another folder",
-        ) from exc
+        said = _of_system(exc, folder)
+        said.what = f"{said.what}; {rendering.kept}, without a report"
+        said.fix = "free some space, or draw into another folder"
+        raise said from exc
     if error is not None:
         raise error
     return rendering
+
+
+def _of_system(exc: OSError, folder: Path) -> OutputError:
+    """What the system says of a file in the folder."""
+    return OutputError(exc.strerror or str(exc), where=str(exc.filename or folder))
 
 
 def _scored(rendering: Rendering, folder: Path, device: str, progress: Progress) -> Rendering:

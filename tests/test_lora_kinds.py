@@ -31,7 +31,6 @@ from ckptools.lora import (
     split_key,
 )
 from ckptools.lora.dora import axis_of, decompose
-from ckptools.lora.full import padded
 from ckptools.lora.kinds import register
 from ckptools.tensors import TensorSpec
 
@@ -578,14 +577,6 @@ def test_set_weight_replaces_and_strength_interpolates():
     assert error(bake({"x.set_weight": new}, layer, 0.5)[0], (new + layer.weight) / 2) <= TOLERANCE
 
 
-def test_reshape_weight_pads_with_zeros():
-    weight = torch.randn(4, 3)
-
-    assert torch.equal(padded(weight, (4, 6)), F.pad(weight, (0, 3)))
-    with pytest.raises(InputError, match="the weight is"):
-        padded(weight, (4, 2))
-
-
 def test_sparse_residual_of_extract_locon():
     torch.manual_seed(1)
     layer = make_layer("conv3")
@@ -605,6 +596,27 @@ def test_sparse_residual_of_extract_locon():
     weight, _, _ = bake(tensors, layer)
 
     assert error(weight.flatten(1), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("indices", [[[0, 24], [0, 1]], [[0, 1], [0, 144]], [[0, 1], [0, -2]]])
+def test_a_sparse_residual_outside_of_the_weight_is_refused(indices):
+    tensors = {
+        "x.lora_up.weight": torch.ones(24, 2, 1, 1),
+        "x.lora_down.weight": torch.ones(2, 16, 3, 3),
+        "x.bias_indices": torch.tensor(indices),
+        "x.bias_values": torch.ones(2),
+    }
+
+    with pytest.raises(InputError, match="outside of the weight, 24 x 144"):
+        bake(tensors, make_layer("conv3"))
+
+
+def test_ia3_of_the_other_side_is_refused():
+    """Which side it is for is a value: 16 numbers fit the inputs, but are said to be for rows."""
+    tensors = {"x.weight": torch.ones(16), "x.on_input": torch.tensor(0)}
+
+    with pytest.raises(InputError, match=r"16 rows, the weight is \[24, 16\]"):
+        bake(tensors, make_layer("linear"))
 
 
 def test_diff_b_stands_beside_a_lora():
@@ -735,8 +747,9 @@ def test_scale(tensors, config, scale):
     assert read(tensors, config=config)[2] == pytest.approx(scale, rel=1e-7)
 
 
-def test_scale_that_is_no_number():
-    module, _, _ = read(LORA | {"x.alpha": torch.tensor(1.0)})
+@pytest.mark.parametrize("tensors", [LORA, {"x.oft_blocks": torch.ones(2, 2, 2)}])
+def test_scale_that_is_no_number(tensors):
+    module, _, _ = read(tensors | {"x.alpha": torch.tensor(1.0)})
     with pytest.raises(InputError, match="alpha is nan") as caught:
         scale_of(module, {"alpha": math.nan})
     assert caught.value.where == "x.alpha"
@@ -1028,7 +1041,21 @@ BAD = {
     ),
     "integers": (
         {n: TensorSpec(n, "I64", s.shape) for n, s in shapes(**{UP: (8, 2), DOWN: (2, 6)}).items()},
-        "I64, not a float",
+        "I64, not a number",
+    ),
+    "alpha that is no number": (
+        shapes(**{UP: (8, 2), DOWN: (2, 6)}) | {"x.alpha": TensorSpec("x.alpha", "BOOL", ())},
+        "alpha is BOOL, not a number",
+    ),
+    "indices alone": (
+        shapes(**{UP: (8, 2), DOWN: (2, 6)})
+        | {"x.bias_indices": TensorSpec("x.bias_indices", "I64", (2, 3))},
+        r"bias_indices \[2, 3\] and bias_values missing",
+    ),
+    "indices of others": (
+        shapes(**{UP: (8, 2), DOWN: (2, 6), "bias_values": (4,)})
+        | {"x.bias_indices": TensorSpec("x.bias_indices", "I64", (2, 3))},
+        r"bias_values \[4\]",
     ),
     "two schemes": (
         shapes(**{UP: (8, 2), DOWN: (2, 6), "lora_A__weight": (2, 6)}),
@@ -1084,6 +1111,17 @@ def test_bad_oft_configs_are_named(config, message):
         group(shapes(oft_R__weight=(4, 6)), {}, config=config)
 
 
+PEFT_SETTINGS = {"feedforward_modules": ["x"], "use_cayley_neumann": False, "block_share": True}
+LOCON = {"x.lora_up.weight": torch.ones(8, 2), "x.lora_down.weight": torch.ones(2, 4, 3, 3)}
+IA3 = {"x.weight": torch.ones(8), "x.on_input": torch.tensor(1)}
+GLORA = {
+    "x.a1.weight": torch.ones(12, 2),
+    "x.a2.weight": torch.ones(2, 12),
+    "x.b1.weight": torch.ones(8, 2),
+    "x.b2.weight": torch.ones(2, 24),
+}
+
+
 @pytest.mark.parametrize(
     ("tensors", "shape", "fits"),
     [
@@ -1097,10 +1135,29 @@ def test_bad_oft_configs_are_named(config, message):
         ({"x.w_norm": torch.ones(8)}, (8,), True),
         ({"x.oft_blocks": torch.ones(4, 2, 2)}, (8, 99, 3, 3), True),
         ({"x.oft_blocks": torch.ones(4, 2, 2)}, (9, 99), False),
+        (LOCON, (8, 4, 3, 3), True),
+        (LOCON, (8, 4, 1, 9), False),
+        (LOCON, (8, 4, 9), False),
+        (LOCON, (8, 36), False),
+        ({"x.diff": torch.ones(8, 36)}, (8, 4, 3, 3), True),
+        ({"x.diff": torch.ones(8, 9, 4)}, (8, 4, 3, 3), False),
+        ({"x.lokr_w1": torch.ones(2, 2), "x.lokr_w2": torch.ones(4, 2, 3, 1)}, (8, 4, 3, 1), True),
+        ({"x.lokr_w1": torch.ones(2, 2), "x.lokr_w2": torch.ones(4, 2, 3, 1)}, (8, 4, 1, 3), False),
+        (IA3, (8, 6), True),
+        (IA3, (6, 8, 3, 3), True),
+        (IA3, (6, 4, 2, 1), False),
+        ({"x.ia3_l": torch.ones(1, 8)}, (6, 8), True),
+        ({"x.ia3_l": torch.ones(1, 8)}, (8, 6), False),
+        ({"x.ia3_l": torch.ones(1, 8, 1, 1)}, (6, 8, 3, 3), True),
+        ({"x.ia3_l": torch.ones(1, 8, 1, 1)}, (8, 6, 3, 3), False),
+        (GLORA, (8, 6, 2, 2), False),
+        (GLORA, (8, 12, 2, 1), True),
+        ({"x.oft_R.weight": torch.ones(1, 6)}, (3, 8), True),
+        ({"x.oft_R.weight": torch.ones(1, 6)}, (8, 6), False),
     ],
 )
 def test_misfit(tensors, shape, fits):
-    module, _, _ = read(tensors)
+    module, _, _ = read(tensors, config=PEFT_SETTINGS)
     assert (module.misfit(shape) == "") is fits
 
 

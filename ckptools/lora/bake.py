@@ -5,11 +5,13 @@ Pure: tensors in, tensors out. Must not know files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ckptools.errors import InputError
 from ckptools.lora import bake_bias, bake_weight
 from ckptools.lora.kinds import load_kinds
 
@@ -50,7 +52,8 @@ def delta_elements(
         if kind.rows is None:
             raise TypeError(f"{kind.name} depends on the weight")
         shift = (change.target.part[0] if change.target.part else 0) - top
-        values = kind.rows(own, low + shift, high + shift, change.scale).reshape(-1, width)
+        with _placed(change):
+            values = kind.rows(own, low + shift, high + shift, change.scale).reshape(-1, width)
         if total is None and (low, high) == (first, last):
             total = values
             continue
@@ -89,12 +92,22 @@ def bake_module(
     seen = torch.cat([held[i] for i in order])  # a copy, in the module's order
     bake = bake_bias if first.bias else partial(bake_weight, dora=first.dora)
     own = seen if first.bias else seen.reshape(first.shape)
-    result = bake(first.module, own, parts, scale=first.scale, strength=strength)
+    with _placed(first):
+        result = bake(first.module, own, parts, scale=first.scale, strength=strength)
     values, start = result.reshape(seen.shape), 0
     for i in order:
         end = start + held[i].shape[0]
         held[i].copy_(values[start:end])
         start = end
+
+
+@contextmanager
+def _placed(change: Change) -> Iterator[None]:
+    """Say which module it is whose values do not fit."""
+    try:
+        yield
+    except InputError as exc:
+        raise exc.at(change.module.name) from None
 
 
 def _index(change: Change) -> tuple[slice, ...]:

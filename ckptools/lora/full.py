@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptools.errors import InputError
-from ckptools.lora.kinds import Kind, Layout, Measure, Settings, Shapes, register
+from ckptools.lora.kinds import Kind, Layout, Measure, Settings, Shapes, kernel_of, register
 from ckptools.lora.precision import in_float
 
 if TYPE_CHECKING:
@@ -41,19 +41,6 @@ def apply(
     return new.reshape(base.shape) * strength + base * (1.0 - strength)
 
 
-def padded(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The weight in the first corner of a larger one of zeros (a module's `reshape_weight`).
-
-    shape  at least as large on every axis
-    Source: Flux control adapters, `reshape_weight`: more input channels, zero to begin with.
-    """
-    if len(shape) != weight.dim() or any(n < m for n, m in zip(shape, weight.shape, strict=False)):
-        raise InputError(f"the weight is {list(weight.shape)}, the adapter's {list(shape)}")
-    grown = weight.new_zeros(shape)
-    grown[tuple(slice(size) for size in weight.shape)] = weight
-    return grown
-
-
 def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     """Size from the difference; a module may change the bias alone (`diff_b`)."""
     del config, name
@@ -66,7 +53,7 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     columns = 1
     for size in shape[1:]:
         columns *= size
-    return Measure(rows=shape[0], columns=columns)
+    return Measure(rows=shape[0], columns=columns, kernel=kernel_of(shape))
 
 
 KIND = register(

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptools.errors import InputError
-from ckptools.lora.kinds import Kind, Layout, Measure, Settings, Shapes, matrix, register, same_rank
+from ckptools.lora.kinds import (
+    Kind,
+    Layout,
+    Measure,
+    Settings,
+    Shapes,
+    kernel_of,
+    matrix,
+    register,
+    same_rank,
+)
 from ckptools.lora.precision import in_float
 
 if TYPE_CHECKING:
@@ -76,7 +86,14 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
         columns *= math.prod(core[2:])
     if columns % a1[0]:
         raise InputError(f"a is for {a1[0]} inputs, b for {columns} columns")
-    return Measure(rank=rank, rows=b1[0], columns=columns, settings={"old": float(old)})
+    return Measure(
+        rank=rank,
+        rows=b1[0],
+        columns=columns,
+        inputs=a1[0],
+        kernel=kernel_of(shapes["bm" if "bm" in shapes else _order(old)[3]]),
+        settings={"old": float(old)},
+    )
 
 
 _PARTS = ("a1", "a2", "b1", "b2", "bm")

@@ -97,11 +97,9 @@ class Module:
 
     def misfit(self, shape: Sequence[int]) -> str:
         """Why a weight (or its row slice) of this shape does not fit, or ""."""
-        rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
-        want_rows, want_columns = self.measure.rows, self.measure.columns
-        if want_rows not in (None, rows) or want_columns not in (None, columns):
-            told = f"{want_rows or 'any'} x {want_columns or 'any'}"
-            return f"the adapter is for {told}, the weight is {rows} x {columns} {list(shape)}"
+        if found := self.measure.misfit(shape):
+            return found
+        rows = shape[0] if shape else 1
         size = math.prod(self.shapes[self.dora]) if self.dora else rows
         if size not in (rows, *shape[1:2]):
             return f"{self.dora} has {size} numbers, the weight is {list(shape)}"
@@ -171,12 +169,12 @@ def scale_of(module: Module, numbers: Mapping[str, float]) -> float:
     """
     if "scale" in module.parts:
         return _finite(numbers["scale"], "scale", module)
+    alpha = _finite(numbers["alpha"], "alpha", module) if "alpha" in module.parts else None
     if not load_kinds()[module.kind].scaled:
         return 1.0
-    if "alpha" in module.parts:
+    if alpha is not None:
         if module.rank is None:
             return 1.0
-        alpha = _finite(numbers["alpha"], "alpha", module)
         return alpha / module.rank if alpha != 0.0 else 1.0
     rank = module.rank if module.rank is not None else module.config_rank
     if module.alpha is None or rank is None:
@@ -264,8 +262,9 @@ def _module(
 def _check_dtypes(parts: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
     for part, key in parts.items():
         spec = specs[key]
-        if part not in _INTEGERS and not spec.is_float and part not in _NUMBERS:
-            raise InputError(f"{part} is {spec.dtype}, not a float", where=key)
+        wanted = part not in _INTEGERS and (part not in _NUMBERS or spec.dtype == "BOOL")
+        if wanted and not spec.is_float:
+            raise InputError(f"{part} is {spec.dtype}, not a number", where=key)
         if part in _NUMBERS and spec.numel != 1:
             raise InputError(f"{part} is {list(spec.shape)}; it should be one number", where=key)
 

@@ -34,6 +34,12 @@ def apply(
     del scale
     change = _change(parts, weight)
     axis = 1 if _on_input(parts, settings) else 0
+    if change.numel() != weight.shape[axis]:
+        side = "input channels" if axis else "rows"
+        raise InputError(
+            f"the (IA)³ is for {change.numel()} {side}, the weight is {list(weight.shape)}",
+            fix="use the base model it was trained for",
+        )
     shape = [1] * weight.dim()
     shape[axis] = weight.shape[axis]
     return weight.to(change.dtype) * (1.0 + strength * change.reshape(shape))
@@ -78,7 +84,7 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     if "on_input" in shapes:
         if math.prod(shapes["on_input"]) != 1:
             raise InputError(f"on_input is {list(shapes['on_input'])}; it should be one number")
-        return Measure()  # which side is a value, not a shape
+        return Measure(channels=math.prod(shapes["ia3_weight"]))
     shape = shapes["ia3_l"]
     if len(shape) == 2 and 1 in shape:
         on_input = shape[0] == 1 and shape[1] != 1
@@ -92,7 +98,7 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     size = math.prod(shape)
     return Measure(
         rows=None if on_input else size,
-        columns=size if on_input and len(shape) == 2 else None,
+        inputs=size if on_input else None,
         bias="no" if on_input else "if-any",
         settings={"on_input": float(on_input)},
     )

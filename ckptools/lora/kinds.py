@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -64,6 +64,10 @@ class Measure:
     rank      the rank that divides alpha; None where the kind has none
     rows      output rows of the weight it changes; None where any number fits
     columns   numbers per output row of that weight (in * kh * kw); None where any number fits
+    inputs    input channels of that weight, whatever its kernel; None where any number fits
+    channels  as many rows or input channels: a value in the file, not a shape, says which
+    block     the numbers per output row are a multiple of this
+    kernel    kernel of that weight, (kh, kw); () where the parts have none, or are stored flat
     weight    whether it changes the weight
     bias      whether it changes the bias: never, always, or where the layer has one
     settings  what the shapes, or the trainer's config, decide about the formula
@@ -72,9 +76,30 @@ class Measure:
     rank: int | None = None
     rows: int | None = None
     columns: int | None = None
+    inputs: int | None = None
+    channels: int | None = None
+    block: int = 1
+    kernel: tuple[int, ...] = ()
     weight: bool = True
     bias: BiasUse = "no"
     settings: Settings = field(default_factory=dict)
+
+    def misfit(self, shape: Sequence[int]) -> str:
+        """Why a weight (or its row slice) of this shape does not fit, or ""."""
+        rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
+        inputs = shape[1] if len(shape) > 1 else 1
+        if self.rows not in (None, rows) or self.columns not in (None, columns):
+            told = f"{self.rows or 'any'} x {self.columns or 'any'}"
+            return f"the adapter is for {told}, the weight is {rows} x {columns} {list(shape)}"
+        if self.inputs not in (None, inputs) or self.channels not in (None, rows, inputs):
+            told = f"{self.inputs} inputs" if self.inputs else f"{self.channels} rows or inputs"
+            return f"the adapter is for {told}, the weight is {list(shape)}"
+        if columns % self.block:
+            return f"the adapter turns {self.block} columns at a time, the weight has {columns}"
+        if self.kernel not in ((), tuple(shape[2:])):
+            kernel = " x ".join(map(str, self.kernel))
+            return f"the adapter's kernel is {kernel}, the weight is {list(shape)}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +187,11 @@ def matrix(shapes: Shapes, part: str) -> tuple[int, int]:
     if len(shape) < 2 or 0 in shape:
         raise InputError(f"{part} is {list(shape)}; it should be a matrix or a kernel")
     return shape[0], math.prod(shape[1:])
+
+
+def kernel_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel of a part's shape: what follows its first two axes; () where that is all ones."""
+    return shape[2:] if math.prod(shape[2:]) != 1 else ()
 
 
 def same_rank(**ranks: int) -> int:

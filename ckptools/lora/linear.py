@@ -13,6 +13,7 @@ from ckptools.lora.kinds import (
     Measure,
     Settings,
     Shapes,
+    kernel_of,
     matrix,
     register,
     same_rank,
@@ -41,6 +42,7 @@ def rows(parts: Mapping[str, Tensor], begin: int, end: int, scale: float = 1.0) 
         up, down = factors["embedding_a"].T, factors["embedding_b"].T
     else:
         up, down = factors["up"].flatten(1), factors["down"].flatten(1)
+    height = up.shape[0]
     up = up[begin:end] * scale  # (rows, rank)
     if "mid" in factors:
         import torch
@@ -48,19 +50,26 @@ def rows(parts: Mapping[str, Tensor], begin: int, end: int, scale: float = 1.0) 
         core = torch.einsum("mnk,nj->mjk", factors["mid"].flatten(2), down)
         down = core.flatten(1)  # (rank, in*kh*kw)
     change = up @ down
-    return _add_sparse(change, sparse, begin) if sparse else change
+    return _add_sparse(change, sparse, begin, height) if sparse else change
 
 
 _FACTORS = ("up", "down", "mid", "embedding_a", "embedding_b")
 
 
-def _add_sparse(change: Tensor, sparse: Mapping[str, Tensor], begin: int) -> Tensor:
-    """Return change, (rows, columns), plus the values that lie in its rows."""
+def _add_sparse(change: Tensor, sparse: Mapping[str, Tensor], begin: int, rows: int) -> Tensor:
+    """Return change, rows from `begin` of all `rows`, plus the values that lie in them."""
     indices = sparse["sparse_indices"].long()
     values = sparse["sparse_values"].to(change.dtype)
-    inside = (indices[0] >= begin) & (indices[0] < begin + change.shape[0])
-    where = (indices[0][inside] - begin, indices[1][inside])
-    return change.index_put(where, values[inside], accumulate=True)
+    width = change.shape[1]
+    inside = (indices >= 0) & (indices < indices.new_tensor([[rows], [width]]))
+    if not bool(inside.all()):
+        raise InputError(
+            f"bias_indices name numbers outside of the weight, {rows} x {width}",
+            fix="the file is damaged; download it again, or ask its author",
+        )
+    here = (indices[0] >= begin) & (indices[0] < begin + change.shape[0])
+    where = (indices[0][here] - begin, indices[1][here])
+    return change.index_put(where, values[here], accumulate=True)
 
 
 def bias(
@@ -102,13 +111,33 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
         same_rank(up=up_rank, mid=mid[0])
         same_rank(mid=mid[1], down=rank)
         columns *= math.prod(mid[2:])
+        kernel = kernel_of(mid)
     else:
         same_rank(up=up_rank, down=rank)
+        kernel = kernel_of(shapes["down"])
+    _check_sparse(shapes)
     if "bias" in shapes and math.prod(shapes["bias"]) != out:
         raise InputError(f"the bias is {list(shapes['bias'])}, the weight has {out} rows")
     return Measure(
-        rank=rank, rows=out, columns=columns, bias="needed" if "bias" in shapes else "no"
+        rank=rank,
+        rows=out,
+        columns=columns,
+        kernel=kernel,
+        bias="needed" if "bias" in shapes else "no",
     )
+
+
+def _check_sparse(shapes: Shapes) -> None:
+    """Two indices, row and column, for each value."""
+    indices, values = (shapes.get(part) for part in _SPARSE[:2])
+    if indices is None and values is None:
+        return
+    if indices is None or values is None or len(values) != 1 or indices != (2, *values):
+        told = " and ".join(
+            f"{name} {'missing' if shape is None else list(shape)}"
+            for name, shape in (("bias_indices", indices), ("bias_values", values))
+        )
+        raise InputError(f"{told}: they should be (2, n) and (n)")
 
 
 _SPARSE = ("sparse_indices", "sparse_values", "sparse_size")

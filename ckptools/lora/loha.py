@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptools.errors import InputError
-from ckptools.lora.kinds import Kind, Layout, Measure, Shapes, matrix, register, same_rank
+from ckptools.lora.kinds import (
+    Kind,
+    Layout,
+    Measure,
+    Shapes,
+    kernel_of,
+    matrix,
+    register,
+    same_rank,
+)
 from ckptools.lora.precision import in_float
 
 if TYPE_CHECKING:
@@ -57,7 +66,8 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     if (other := _half_size(shapes, "2")) != (rank, out, columns):
         same_rank(hada_w1=rank, hada_w2=other[0])
         raise InputError(f"hada_w1 makes {out} x {columns}, hada_w2 {other[1]} x {other[2]}")
-    return Measure(rank=rank, rows=out, columns=columns)
+    core = "hada_t1" if "hada_t1" in shapes else "hada_w1_b"
+    return Measure(rank=rank, rows=out, columns=columns, kernel=kernel_of(shapes[core]))
 
 
 def _half_size(shapes: Shapes, which: str) -> tuple[int, int, int]:

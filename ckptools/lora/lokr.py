@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptools.errors import InputError
-from ckptools.lora.kinds import Kind, Layout, Measure, Shapes, matrix, register, same_rank
+from ckptools.lora.kinds import (
+    Kind,
+    Layout,
+    Measure,
+    Shapes,
+    kernel_of,
+    matrix,
+    register,
+    same_rank,
+)
 from ckptools.lora.loha import tucker
 from ckptools.lora.precision import in_float
 
@@ -58,7 +67,8 @@ def measure(shapes: Shapes, config: Mapping[str, object], name: str) -> Measure:
     a, c = _size(shapes, "1", ranks)
     b, d = _size(shapes, "2", ranks)
     rank = same_rank(**ranks) if ranks else None
-    return Measure(rank=rank, rows=a * b, columns=c * d)
+    core = next(part for part in ("lokr_w2", "lokr_t2", "lokr_w2_b") if part in shapes)
+    return Measure(rank=rank, rows=a * b, columns=c * d, kernel=kernel_of(shapes[core]))
 
 
 def _size(shapes: Shapes, which: str, ranks: dict[str, int]) -> tuple[int, int]:

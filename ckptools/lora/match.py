@@ -92,8 +92,12 @@ def _place(module: Module, target: Target) -> list[Placed]:
     shape = target.shape_for(module.measure.columns)
     misfit = module.misfit(shape) if module.touches_weight else ""
     if misfit:
+        grown = "reshape_weight" in module.parts
         raise InputError(
-            f"does not fit {target.tensor}: {misfit}", fix="use the base model it was trained for"
+            f"does not fit {target.tensor}: {misfit}",
+            fix="it makes the layer larger (reshape_weight), and a merge keeps the model's shapes"
+            if grown
+            else "use the base model it was trained for",
         )
     found = [Placed(module, target, shape)] if module.touches_weight else []
     if module.touches_bias == "needed" and not target.bias:

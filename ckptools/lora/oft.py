@@ -176,8 +176,10 @@ def _measure_peft(shape: tuple[int, ...], config: Mapping[str, object]) -> Measu
     if not isinstance(terms, int) or terms < 0 or not isinstance(eps, int | float):
         raise InputError(f"num_cayley_neumann_terms is {terms!r}, eps {eps!r}: not numbers")
     shared = bool(config.get("block_share"))
+    size = _block_size(shape[1])
     return Measure(
-        columns=None if shared else shape[0] * _block_size(shape[1]),
+        columns=None if shared else shape[0] * size,
+        block=size,
         settings={"neumann_terms": float(terms), "coft_eps": float(eps)},
     )
 

@@ -226,13 +226,30 @@ def call_method(node: Apply, models: Sequence[Tensor], random: ElementRandom) ->
 def store(values: Tensor, target: Tensor) -> None:
     """Round values to the target's dtype; what is too large becomes NaN or Inf.
 
+    Rounded once: torch takes fp64 to narrower dtypes by way of fp32, and a number that fp32 rounds
+    to the middle between two may then go to the wrong one.
     Since 2.12 torch turns even Inf into 448 for float8_e4m3fn. Beyond 464 the nearest number of
     that format is no longer 448. Source: https://github.com/pytorch/pytorch/pull/178817.
     """
+    if values.dtype == torch.float64 and target.element_size() < 4:
+        values = _to_odd(values)
     if target.dtype == torch.float8_e4m3fn and values.dtype != target.dtype:
         wide = values.float() if values.element_size() == 1 else values
         values = torch.where(wide.abs() > 464.0, math.nan, wide)
     target.copy_(values)
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """Fp64 as fp32 whose last bit says "not exact": rounded from there is as if from fp64.
+
+    Source: Boldo and Melquiond 2008, 'Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd', section 3.
+    """
+    nearest = values.float()
+    back = nearest.double()
+    bits = nearest.view(torch.int32) - (back.abs() > values.abs()).int()
+    inexact = (back < values) | (back > values)  # neither for NaN
+    return (bits | inexact.int()).view(torch.float32)
 
 
 # --- programs ----------------------------------------------------------------------------------

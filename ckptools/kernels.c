@@ -4,7 +4,8 @@
    `native.py` calls it through ctypes, which lets other threads run meanwhile. Compiled without
    contraction (-ffp-contract=off): a fused multiply-add would round differently.
 
-   Source of the roundings: Dekker 1971, "A floating-point technique for extending the available
+   Source of the roundings: Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
+   proved algorithms using rounding to odd", section 3; Dekker 1971, "A floating-point technique for extending the available
    precision", section 5; IEEE 754-2019, section 4.3.1 (to nearest, ties to even). */
 
 #include <stdint.h>
@@ -27,7 +28,7 @@
 #define INLINE static inline
 #endif
 
-#define VERSION 2
+#define VERSION 3
 #define BLOCK 2048 /* elements at a time: a few blocks stay in the first cache */
 
 enum dtype { F16, BF16, F32, F64, TABLE };
@@ -233,7 +234,18 @@ INLINE int block_in_singles(const struct step *steps, int64_t number, const stru
   return store(memory, dtype, out + WIDTH[dtype] * begin, count, wide);
 }
 
-/* One block in double precision; rounded to single first where the result is narrower. */
+/* The single whose last bit says "not exact": what is rounded from it is as if from the double. */
+INLINE float to_odd(double value) {
+  float nearest = (float)value;
+  double back = nearest;
+  uint32_t bits = bits_of(nearest);
+  uint32_t inexact = (back < value) | (back > value); /* neither for NaN */
+  uint32_t over = (value > 0) & (back > value);
+  uint32_t under = (value < 0) & (back < value);
+  return float_of((bits - over - under) | inexact);
+}
+
+/* One block in double precision; rounded once, whatever the result's width. */
 INLINE int block_in_doubles(const struct step *steps, int64_t number, const struct read *reads,
                             double *memory, float *narrow, int64_t dtype, uint8_t *out,
                             int64_t begin, int64_t count, int wide) {
@@ -256,7 +268,10 @@ INLINE int block_in_doubles(const struct step *steps, int64_t number, const stru
     }
   }
   if (dtype == F64) return encode_f64(memory, out + 8 * begin, count);
-  for (int64_t i = 0; i < count; i++) narrow[i] = (float)memory[i];
+  if (dtype == F32)
+    for (int64_t i = 0; i < count; i++) narrow[i] = (float)memory[i];
+  else
+    for (int64_t i = 0; i < count; i++) narrow[i] = to_odd(memory[i]);
   return store(narrow, dtype, out + WIDTH[dtype] * begin, count, wide);
 }
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIBRARY = "_kernels.so"
-_VERSION = 2  # of `kernels.c`
+_VERSION = 3  # of `kernels.c`
 _DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
 _TABLE = 4
 

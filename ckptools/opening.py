@@ -5,7 +5,7 @@ Headers only; no tensor bytes, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -75,8 +75,16 @@ class Source:
         return title if variant in ("", "base") else f"{title} {variant}"
 
 
-def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Source, ...]:
-    """Open every model of a recipe and say what it is; all that cannot be opened at once."""
+def open_sources(
+    recipe: Recipe,
+    opener: Opener = open_checkpoint,
+    *,
+    more: Callable[[Source], Iterable[CkptError]] = lambda base: (),
+) -> tuple[Source, ...]:
+    """Open every model of a recipe and say what it is; all that cannot be opened at once.
+
+    more  where some cannot be: what else is wrong, as far as the base tells, if that is open
+    """
     sources: list[Source] = []
     errors: list[CkptError] = []
     adapters = adapter_names(recipe.result, recipe.scope)
@@ -88,8 +96,10 @@ def open_sources(recipe: Recipe, opener: Opener = open_checkpoint) -> tuple[Sour
             sources.append(open_one(ref, opener(recipe.file_of(ref))))
         except CkptError as exc:
             noun = "adapter" if is_adapter else "model"
-            errors += grouped([of_source(ref, noun, one) for one in each_of(exc)])
+            errors += grouped([ref.blamed(one, noun) for one in each_of(exc)])
     if errors:
+        for base in (source for source in sources if source.name == recipe.base):
+            errors += more(base)
         for source in sources:
             source.checkpoint.close()
     raise_all(errors)
@@ -153,7 +163,7 @@ def _guest(host: Source, guest: Source) -> Source:
     try:
         view, notes = as_copy(guest.checkpoint, guest.names, family, copy)
     except InputError as exc:
-        raise of_source(guest.ref, "model", exc) from exc
+        raise guest.ref.blamed(exc) from exc
     guest.checkpoint.close()
     names = MappingProxyType({name: name for name in view})
     return replace(guest, checkpoint=view, names=names, is_guest=True, notes=notes)
@@ -181,7 +191,7 @@ def _part(source: Source, family: Family, components: Sequence[str]) -> Source:
     try:
         view = as_component(source.checkpoint, family.id, components)
     except CkptError as exc:
-        raise ManyErrors([of_source(source.ref, "model", error) for error in each_of(exc)]) from exc
+        raise ManyErrors([source.ref.blamed(error) for error in each_of(exc)]) from exc
     if view is None:
         return source
     source.checkpoint.close()
@@ -219,15 +229,6 @@ def _check_roles(recipe: Recipe, adapters: frozenset[str]) -> None:
 def each_of(error: CkptError) -> tuple[CkptError, ...]:
     """The errors that one error stands for."""
     return error.errors if isinstance(error, ManyErrors) else (error,)
-
-
-def of_source(ref: ModelRef, noun: str, error: CkptError) -> CkptError:
-    """The error, with the recipe's line and name for the source that it is about."""
-    error.what = f"{noun} {ref.name!r}: {error.what}"
-    error.where = f"{ref.where}: {error.where}" if error.where else ref.where
-    if noun == "adapter" and not error.fix:
-        error.fix = "download the file again, or ask its author"
-    return error
 
 
 def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -25,7 +25,6 @@ from ckptools.baking import (
 from ckptools.errors import (
     CkptError,
     InputError,
-    ManyErrors,
     RecipeError,
     grouped,
     nearest,
@@ -48,7 +47,7 @@ from ckptools.lora.group import AdapterFile, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
 from ckptools.methods import load_methods
-from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, of_source, open_sources
+from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, open_sources
 from ckptools.placement import output_problems
 from ckptools.plain import needs_torch
 from ckptools.program import (
@@ -253,13 +252,51 @@ def make_plan(
     """
     if sources is not None:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
-    sources = open_sources(recipe, opener)
+    sources = open_sources(recipe, opener, more=partial(_selector_errors, recipe))
     try:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
     except BaseException:
         for source in sources:
             source.checkpoint.close()
         raise
+
+
+def _selector_errors(recipe: Recipe, base: Source) -> Iterable[CkptError]:
+    """What is wrong with the selectors, so far as the base alone can tell."""
+    family = family_of(base.detection)
+    if family is UNKNOWN or recipe.compat not in ("", *family.compat):
+        return ()
+    return _compile_params(recipe, family, base)[1]
+
+
+def _compile_params(
+    recipe: Recipe, family: Family, base: Source
+) -> tuple[dict[str, CompiledParam], list[CkptError]]:
+    """The params that the formula uses, resolved for the base's tensors; and what cannot be."""
+    mergeable = [name for name, own in base.names.items() if base.checkpoint[own].is_float]
+    own = [name for name in mergeable if family.component_of(name) not in recipe.take]
+    weights = {lora_weight(name) for name in recipe.models}
+    used = set(used_names(recipe.result, recipe.scope))
+    found: dict[str, CompiledParam] = {}
+    errors: list[CkptError] = []
+    for ref in recipe.params.values():
+        if ref.name not in used:
+            continue
+        is_weight = ref.name in weights
+        try:
+            lines = ref.lines
+            if ref.mbw:
+                lines = (*mbw_lines(ref.mbw, family, ref.where), *lines)
+            if is_weight:
+                lines = (_UNSAID, *lines)
+            found[ref.name] = compile_param(
+                Param(lines), name_of_param=ref.name, family=family,
+                names=mergeable if is_weight else own, compat=recipe.compat,
+                taken=() if is_weight else tuple(recipe.take), own=base.names,
+            )  # fmt: skip
+        except CkptError as exc:
+            errors += [error.at(ref.where) for error in each_of(exc)]
+    return found, errors
 
 
 class _Planner:
@@ -299,7 +336,7 @@ class _Planner:
         self._check_components()
         self._match_taken()
         names = self._output_names()
-        self._compile_params(names)
+        self._compile_params()
         self._match_adapters()
         raise_all(self.errors)  # without families and numbers, per-tensor errors would be noise
         steps = [self._step(name) for name in names]
@@ -502,40 +539,19 @@ class _Planner:
 
     # --- numbers ---
 
-    def _compile_params(self, names: Sequence[str]) -> None:
-        mergeable = [
-            name
-            for name in names
-            if name in self.base.names and self.base.checkpoint[self.base.names[name]].is_float
-        ]
-        own = [n for n in mergeable if self.family.component_of(n) not in self.recipe.take]
+    def _compile_params(self) -> None:
+        self.params, errors = _compile_params(self.recipe, self.family, self.base)
+        self.errors += errors
         weights = {lora_weight(source.name) for source in self.sources}
-        used = set(used_names(self.recipe.result, self.recipe.scope))
-        for ref in self.recipe.params.values():
-            if ref.name not in used:
-                continue
-            try:
-                lines = ref.lines
-                if ref.mbw:
-                    lines = (*mbw_lines(ref.mbw, self.family, ref.where), *lines)
-                if ref.name in weights:
-                    lines = (_UNSAID, *lines)
-                self.params[ref.name] = compile_param(
-                    Param(lines), name_of_param=ref.name, family=self.family,
-                    names=mergeable if ref.name in weights else own, compat=self.recipe.compat,
-                    taken=() if ref.name in weights else tuple(self.recipe.take),
-                    own=self.base.names,
-                )  # fmt: skip
-            except ManyErrors as exc:
-                self.errors += exc.errors
-            except CkptError as exc:
-                self.errors.append(exc.at(ref.where))
-            self.notes += [
-                f"{line.where}: {line.selector!r} of {ref.name} has no say: "
-                f"`take` takes the {line.selector} from {self.recipe.take[line.selector][0]}"
-                for line in ref.lines
-                if line.selector in self.recipe.take and ref.name not in weights
-            ]
+        used = set(used_names(self.recipe.result, self.recipe.scope)) - weights
+        self.notes += [
+            f"{line.where}: {line.selector!r} of {ref.name} has no say: "
+            f"`take` takes the {line.selector} from {self.recipe.take[line.selector][0]}"
+            for ref in self.recipe.params.values()
+            if ref.name in used
+            for line in ref.lines
+            if line.selector in self.recipe.take
+        ]
         for compiled in self.params.values():
             self.warnings += [
                 f"{line.where}: {line.selector!r} of {compiled.name} never wins: lines below it "
@@ -583,7 +599,7 @@ class _Planner:
         """The errors of laying an adapter over the model; one, where it is for another family."""
         foreign = self._foreign(file)
         if not foreign:
-            return [of_source(source.ref, "adapter", error) for error in errors]
+            return [source.ref.blamed(error, "adapter") for error in errors]
         return [
             InputError(
                 f"{source.name} is for {foreign}, the model is {self.family.id}: "
@@ -822,7 +838,7 @@ class _Planner:
                 for step in computed
                 if step.component in components
             ):
-                yield of_source(source.ref, "model", not_numbers(stored))
+                yield source.ref.blamed(not_numbers(stored))
 
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._formed_by[form] += 1

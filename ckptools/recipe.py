@@ -11,7 +11,7 @@ import keyword
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -21,8 +21,10 @@ from typing import TypeVar
 
 import yaml
 
+from ckptools.checkpoint import open_file
 from ckptools.errors import (
     CkptError,
+    InputError,
     ManyErrors,
     OutputError,
     RecipeError,
@@ -95,6 +97,14 @@ class ModelRef:
     dora: Reading = "trained"
     config: str = ""
 
+    def blamed(self, error: CkptError, noun: str = "model") -> CkptError:
+        """The error, with the recipe's line and name for the file that it is about."""
+        error.what = f"{noun} {self.name!r}: {error.what}"
+        error.where = f"{self.where}: {error.where}" if error.where else self.where
+        if noun == "adapter" and not error.fix:
+            error.fix = "download the file again, or ask its author"
+        return error
+
 
 @dataclass(frozen=True)
 class ParamRef:
@@ -115,13 +125,13 @@ class Output:
     metadata     the user's own entries for the file's `__metadata__`
     """
 
-    path: str
-    dtypes: Mapping[str, str]
-    shard_bytes: int
-    metadata: Mapping[str, str]
-    overwrite: bool
-    where: str
-    dtypes_where: str
+    path: str = ""
+    dtypes: Mapping[str, str] = field(default_factory=lambda: {"default": "keep"})
+    shard_bytes: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+    where: str = ""
+    dtypes_where: str = ""
 
 
 @dataclass(frozen=True)
@@ -544,9 +554,16 @@ class _Reader:
                 found[key.value] = (key, value)
         return found
 
-    def known(self, node: yaml.Node, what: str, keys: Mapping[str, Key]) -> dict[str, yaml.Node]:
+    def known(
+        self,
+        node: yaml.Node,
+        what: str,
+        keys: Mapping[str, Key],
+        needless: Collection[str] = (),
+    ) -> dict[str, yaml.Node]:
         """A mapping that may hold only `keys`, with the required ones present.
 
+        needless  those that are not required after all
         Where one of these is misspelt, that is told, and it is read as what it was meant to be.
         """
         found = self.mapping(node, what)
@@ -560,7 +577,7 @@ class _Reader:
                 there.setdefault(meant, value)
         if isinstance(node, yaml.MappingNode):
             for name, row in keys.items():
-                if row.required and name not in there:
+                if row.required and name not in there and name not in needless:
                     such = f", such as `{row.example}`" if row.example else ""
                     fix = f"add `{name}:` ({row.text.rstrip('.')}){such}"
                     self.error(node, f"{what} has no {name!r}", fix)
@@ -615,7 +632,7 @@ class _Reader:
 
 def _line(error: CkptError) -> int:
     """The line that an error's place names; 0 where it names none."""
-    found = re.search(r":(\d+)(?:$|:\d+$|, column)", error.where)
+    found = re.search(r":(\d+)(?:$|:\d+$|: |, column)", error.where)
     return int(found[1]) if found else 0
 
 
@@ -713,10 +730,13 @@ def _check_nodes(reader: _Reader, root: yaml.Node) -> None:
 # --- the recipe --------------------------------------------------------------------------------
 
 
-def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:
+def load_recipe(
+    path: Path, *, overrides: Mapping[str, float] | None = None, output: Path | None = None
+) -> Recipe:
     """Read a recipe file.
 
     overrides  parameter name -> number that replaces what the file says (`--set M=0.5`)
+    output     where the result goes instead (`-o`); the recipe then needs no `output:`
     Raises `RecipeError` or `ManyErrors` with every mistake, each with file:line and a fix.
     """
     try:
@@ -736,7 +756,7 @@ def load_recipe(path: Path, *, overrides: Mapping[str, float] | None = None) -> 
         fix = "give a .yaml file" if what else "save it as UTF-8"
         what = what or "the recipe is not UTF-8 text"
         raise RecipeError(what, where=str(path), fix=fix) from exc
-    return parse_recipe(text, path, overrides=overrides)
+    return parse_recipe(text, path, overrides=overrides, output=output, look=True)
 
 
 def _no_recipe(raw: bytes) -> str:
@@ -748,12 +768,22 @@ def _no_recipe(raw: bytes) -> str:
     return f"{found.what.partition(mark)[0]}, not a recipe" if found and mark in found.what else ""
 
 
-def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None = None) -> Recipe:
-    """As `load_recipe`, for text in hand; `path` names it and anchors relative paths."""
+def parse_recipe(
+    text: str,
+    path: Path,
+    *,
+    overrides: Mapping[str, float] | None = None,
+    output: Path | None = None,
+    look: bool = False,
+) -> Recipe:
+    """As `load_recipe`, for text in hand; `path` names it and anchors relative paths.
+
+    look  where there are mistakes, tell of models' files that are not there, too
+    """
     reader = _Reader(str(path))
     root = _compose(text, reader.name)
     _check_nodes(reader, root)
-    keys = reader.known(root, "the recipe", TOP_KEYS)
+    keys = reader.known(root, "the recipe", TOP_KEYS, needless={"output"} if output else ())
     _check_version(reader, keys.get("ckptools"))
     _find_lost_names(reader, root, keys)
     models = _models(reader, keys.get("models"))
@@ -761,7 +791,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     loras, weights = _loras(reader, keys.get("loras"))
     sweep = _sweep(reader, keys.get("sweep"), params | weights)
     render = _render(reader, keys.get("render"))
-    output = _output(reader, keys.get("output"))
+    target = _output(reader, keys.get("output"), output)
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
     compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
     strict = "strict" in keys and reader.flag(keys["strict"], "strict")
@@ -774,8 +804,11 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
     scope = Scope(frozenset(models), frozenset(params), {}, load_methods())
     scope, merge = _formulas(reader, keys.get("let"), keys.get("merge"), scope)
     params, weights = _set_params(reader, params, weights, overrides or {})
-    raise_all(reader.all_errors())  # the rest leans on names and types that hold
-    if merge is None or output is None:
+    errors: list[CkptError] = [*reader.all_errors()]
+    if errors and look:  # else whoever opens them tells
+        errors += _missing_files(path, models | loras)
+    raise_all(sorted(errors, key=_line))  # the rest leans on names and types that hold
+    if merge is None or target is None:
         raise AssertionError("a missing key is an error above")
     warnings = _unused(merge, scope, params, {m for m, _ in take.values()} | {base}, models)
     scope = replace(
@@ -793,7 +826,7 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         result=_with_loras(merge, loras),
         base=base or base_model(merge, scope),
         take=MappingProxyType(take),
-        output=output,
+        output=target,
         strict=strict,
         allow_nonfinite=allow_nonfinite,
         seed=seed or 0,
@@ -806,6 +839,17 @@ def parse_recipe(text: str, path: Path, *, overrides: Mapping[str, float] | None
         sweep=MappingProxyType(sweep),
         render=render,
     )
+
+
+def _missing_files(recipe: Path, models: Mapping[str, ModelRef]) -> Iterator[CkptError]:
+    for ref in models.values():
+        path = recipe.parent / expanded(ref.path)
+        if is_hub_text(ref.path) or os.access(path, os.F_OK):
+            continue
+        try:
+            open_file(path).close()
+        except InputError as exc:
+            yield ref.blamed(exc)
 
 
 def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
@@ -1266,14 +1310,15 @@ def _publish(reader: _Reader, node: yaml.Node | None, models: Collection[str]) -
     )
 
 
-def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
+def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Output | None:
+    """The output; with another path where the command line gives one."""
     if node is None:
-        return None
+        return None if given is None else _elsewhere(Output(), given)
     if isinstance(node, yaml.ScalarNode) and node.value:
         what = f"output must be a mapping, it is {_shape(node)}"
         reader.error(node, what, f"write `output: {{path: {node.value}}}`")
         return None
-    keys = reader.known(node, "output", OUTPUT_KEYS)
+    keys = reader.known(node, "output", OUTPUT_KEYS, needless={"path"} if given else ())
     path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""
     if path and (path.endswith(("/", "\\")) or Path(path).name in ("", "..", ".safetensors")):
         reader.error(
@@ -1303,7 +1348,7 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
             if not name:
                 reader.error(key, "a key of metadata is empty", "give it a name")
             metadata[name] = reader.text(value, f"metadata {name!r}") or ""
-    return Output(
+    output = Output(
         path=path,
         dtypes=MappingProxyType(dtypes),
         shard_bytes=shard_bytes,
@@ -1312,6 +1357,14 @@ def _output(reader: _Reader, node: yaml.Node | None) -> Output | None:
         where=reader.where(node),
         dtypes_where=reader.where(keys["dtype"]) if "dtype" in keys else reader.where(node),
     )
+    if given is None or (Path(reader.name).parent / expanded(path)).absolute() == given.absolute():
+        return output
+    return _elsewhere(output, given)
+
+
+def _elsewhere(output: Output, path: Path) -> Output:
+    """The output in another place: that the recipe's own may be replaced says nothing of that."""
+    return replace(output, path=str(path.absolute()), where="--output", overwrite=False)
 
 
 # The record of the merge, and what loaders go by.

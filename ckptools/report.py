@@ -176,8 +176,11 @@ def show_message(text: str) -> None:
 # --- plan --------------------------------------------------------------------------------------
 
 
-def plan_json(plan: Plan) -> dict[str, object]:
-    """The plan's contract keys, and per component and model what there is to know."""
+def plan_json(plan: Plan, notes: Sequence[str] = ()) -> dict[str, object]:
+    """The plan's contract keys, and per component and model what there is to know.
+
+    notes  besides the plan's own
+    """
     return {
         "recipe": str(plan.recipe.path),
         "output": shown_path(plan.recipe.output_path),
@@ -202,7 +205,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
         "peak_bytes": plan.peak_bytes,
         "free_bytes": _free_bytes(plan),
         "warnings": list(plan.warnings),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *notes],
     }
 
 
@@ -258,9 +261,10 @@ def _reasons(steps: Sequence[Step]) -> list[tuple[str, int]]:
     return Counter(step.why for step in steps if step.form is None and step.why).most_common()
 
 
-def show_plan(plan: Plan, *, details: bool = False) -> None:
+def show_plan(plan: Plan, notes: Sequence[str] = (), *, details: bool = False) -> None:
     """Models, what becomes of each component, sizes, notes and warnings.
 
+    notes    besides the plan's own
     details  also list every tensor that is not merged, with its reason
     """
     models = _table("model", "file", "what", "size", numbers=(3,))
@@ -276,7 +280,7 @@ def show_plan(plan: Plan, *, details: bool = False) -> None:
         f"({gigabytes(_free_bytes(plan))} free), memory about {gigabytes(plan.peak_bytes)}"
     )
     show_line(f"output: {shown_path(plan.recipe.output_path)}")
-    for note in plan.notes:
+    for note in (*plan.notes, *notes):
         show_line(f"note: {note}")
     for warning in plan.warnings:
         show_line(f"warning: {warning}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ckptools.hub.lock import Lock, lock_document
 from ckptools.report import _row, _show_table, _table, gigabytes, show_line, shown_path
-from ckptools.reproduce import Reproduction
+from ckptools.reproduce import Output, Reproduction
 
 
 def lock_json(lock: Lock, recipe: Path) -> dict[str, object]:
@@ -41,6 +41,7 @@ def reproduction_json(found: Reproduction) -> dict[str, object]:
                 "file": one.file,
                 "sha256_data": {"manifest": one.sha256_data, "found": one.found_data},
                 "header_sha256": {"manifest": one.header_sha256, "found": one.found_header},
+                "beside": one.beside or None,
             }
             for one in found.outputs
         ],
@@ -50,17 +51,18 @@ def reproduction_json(found: Reproduction) -> dict[str, object]:
     }
 
 
+def _verdict(one: Output) -> str:
+    if one.beside == "other":
+        return "merged again as the manifest says; the file beside the manifest is another now"
+    if one.same_file:
+        return "the same file" if one.beside else "the same file as the manifest tells of"
+    return "the same tensors" if one.same_data else "not the same"
+
+
 def show_reproduction(found: Reproduction) -> None:
     """One line for each file, then what differs."""
     for one in found.outputs:
-        verdict = (
-            "the same file"
-            if one.same_file
-            else "the same tensors"
-            if one.same_data
-            else ("not the same")
-        )
-        show_line(f"{one.file}: {verdict}")
+        show_line(f"{one.file}: {_verdict(one)}")
         if not one.same_data:
             show_line(f"  sha256 of the data: {one.sha256_data} in the manifest")
             show_line(f"                      {one.found_data or 'no such file'} now")

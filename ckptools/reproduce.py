@@ -6,6 +6,7 @@ have them merged into a folder of its own.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from ckptools.checkpoint import Checkpoint, Header, open_file, read_header
 from ckptools.errors import CkptError, InputError, OutputError, UnsafeError, UsageError, raise_all
@@ -31,13 +32,18 @@ _COMPARED = 1 << 20
 
 @dataclass(frozen=True)
 class Output:
-    """One file of a merge, as the manifest and as the repetition have it."""
+    """One file of a merge, as the manifest and as the repetition have it.
+
+    beside  what lies under its name beside the manifest, where the repetition is as the manifest
+            says: "same" as the repetition to the last byte, "other", or "" for nothing
+    """
 
     file: str
     sha256_data: str
     header_sha256: str
     found_data: str
     found_header: str
+    beside: Literal["", "same", "other"] = ""
 
     @property
     def same_data(self) -> bool:
@@ -78,8 +84,12 @@ class Reproduction:
 
     @property
     def same(self) -> bool:
-        """The same tensors with the same bytes: headers may tell of another version of ckptools."""
-        return self.same_data and not self.first
+        """The same tensors with the same bytes: headers may tell of another version of ckptools.
+
+        And what lies beside the manifest is what was merged.
+        """
+        changed = any(output.beside == "other" for output in self.outputs)
+        return self.same_data and not self.first and not changed
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,9 @@ def reproduce(
         done = merge(recipe, threads=threads, progress=progress)
         found = json.loads(done.manifest.read_text(encoding="utf-8"))
         _check_inputs(manifest, found)
-        outputs = _outputs(manifest, found)
+        outputs = tuple(
+            _beside(one, manifest, done.output.parent) for one in _outputs(manifest, found)
+        )
         first = ""
         if not all(one.same_file for one in outputs):
             first = _first_difference(manifest, done, outputs)
@@ -284,6 +296,14 @@ def _outputs(manifest: _Manifest, found: Mapping[str, Any]) -> tuple[Output, ...
         )
         for one in manifest.outputs
     )  # fmt: skip
+
+
+def _beside(output: Output, manifest: _Manifest, folder: Path) -> Output:
+    """With what became of the original since it was merged: damaged, replaced, moved."""
+    path, again = manifest.folder / output.file, folder / output.file
+    if manifest.ref is not None or not (output.same_file and path.is_file()):
+        return output
+    return replace(output, beside="same" if filecmp.cmp(path, again, shallow=False) else "other")
 
 
 def _first_difference(manifest: _Manifest, done: MergeResult, outputs: Sequence[Output]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from types import MappingProxyType
 
-from ckptools.errors import CkptError, InputError, RecipeError, nearest, raise_all
+from ckptools.errors import CkptError, InputError, RecipeError, closest, nearest, raise_all
 from ckptools.family import Family, load_families
 
 _GLOB_LETTERS = frozenset("*?[.")
@@ -264,12 +264,23 @@ def _unknown_word(word: str, grounds: _Grounds) -> RecipeError:
         strange = next((end for end in ends if end not in family.blocks), word)
         order = _ranges_in_words(family.blocks)
         fix = f"its blocks are {order}" if order else "use a glob over tensor names"
+        meant = "-".join(map(_two_digits, ends))
+        if set(meant.split("-")) <= set(family.blocks):
+            fix = f"did you mean {meant!r}?"
         return RecipeError(f"{family.id} has no block {strange!r}", fix=fix)
     hint = nearest(word.lower(), ["default", *known, *family.blocks])
     if not hint.startswith("did you mean"):  # the blocks in short, not all 26
         hint = f"known: {', '.join(['default', *known])}, {_ranges_in_words(family.blocks)}"
         hint = f"{hint.rstrip(', ')}, or a glob such as '*attn2*'"
     return RecipeError(f"{word!r} is neither a component nor a block of {family.id}", fix=hint)
+
+
+def _two_digits(block: str) -> str:
+    """A block as families write it: OUT03 for out3, M00 for MID."""
+    letters = block.upper().rstrip("0123456789")
+    digits = block[len(letters) :]
+    letters = "M" if letters == "MID" else letters
+    return letters if letters == "BASE" else f"{letters}{int(digits or 0):02}"
 
 
 def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:
@@ -283,7 +294,15 @@ def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:
         fix = f"a glob must fit the whole name: '*{selector.strip('*')}*' does"
     elif grounds.glob(f"*{selector.lower()}*"):
         fix = f"globs are case-sensitive: {selector.lower()!r} matches"
+    elif near := _similar_part(selector.strip("*"), grounds.names):
+        fix = f"did you mean '*{near}*'?"
     return RecipeError(what, where=line.where, fix=fix)
+
+
+def _similar_part(text: str, names: Collection[str]) -> str:
+    """The part of a tensor's name, between dots, that is nearest to a text; "" for none."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    return closest(text, parts)
 
 
 def no_value_for(missing: Sequence[str], family: Family, where: str) -> RecipeError:

@@ -22,6 +22,7 @@ from ckptools.crew import usable_cores
 from ckptools.errors import InputError, OutputError, UsageError, nearest_name
 from ckptools.manifest import embedded_metadata, manifest_document, with_hash
 from ckptools.opening import Source
+from ckptools.placement import output_problems
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, parse_recipe
@@ -150,6 +151,17 @@ def merge(
         if when == "after_save":
             drawn = rendering.render_saved(plan, result.output, force=force, progress=pictures)
         return replace(result, rendering=drawn)
+
+
+def left_to_merge(plan: Plan) -> tuple[str, ...]:
+    """What a plan does not settle: outputs that a merge will not replace unasked, pins to check."""
+    standing = [
+        f"{problem.what}: a merge will need --force, or `overwrite: true`"
+        for problem in output_problems(plan, force=plan.recipe.output.overwrite)
+    ]
+    pinned = [source.name for source in plan.sources if source.ref.sha256]
+    pins = [f"the sha256 of {', '.join(pinned)} is checked by a merge"] if pinned else []
+    return (*standing, *pins)
 
 
 def render_recipe(

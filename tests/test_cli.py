@@ -19,6 +19,7 @@ from models import shrunk, write_model, write_tensors
 from safetensors import safe_open
 
 from ckptools import report, workflow
+from ckptools.checkpoint import read_header
 from ckptools.cli import group, main, run
 from ckptools.errors import ManyErrors, NonFiniteError, RecipeError, UnsafeError
 from ckptools.recipe import load_recipe
@@ -160,10 +161,21 @@ def test_plan_details_list_what_is_not_merged(
     assert "left out: odd\\x1b.name of X" in shown
 
 
-def test_plan_of_an_existing_output_is_no_error(recipe: Path) -> None:
+def test_plan_of_an_existing_output_says_what_a_merge_will_need(
+    recipe: Path, capsys: Captured
+) -> None:
     (recipe.parent / "out.safetensors").write_bytes(b"here")
+    text = recipe.read_text()
+    pinned = re.sub("A: (.*)", rf"A: {{path: \1, sha256: {64 * '0'}}}", text)
+    recipe.write_text(pinned)
 
     assert run(["plan", str(recipe)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exists: a merge will need --force" in shown
+    assert "note: the sha256 of A is checked by a merge" in shown
+    recipe.write_text(text.replace("{path: out", "{overwrite: true, path: out"))
+    assert run(["plan", str(recipe), "--json"]) == 0
+    assert json_of(capsys, "plan")["notes"] == []
 
 
 def test_explain_names_the_line_that_set_each_number(recipe: Path, capsys: Captured) -> None:
@@ -266,6 +278,40 @@ def test_output_and_set_change_the_run_not_the_recipe(
     assert merged["tensors"] == {"merged": 0, "carried": 1, "copied": 1130, "cast": 0}
     assert not (tmp_path / "out.safetensors").exists()
     assert recipe.read_bytes() == before
+
+
+def test_a_recipe_needs_no_output_where_the_command_line_has_one(
+    recipe: Path, capsys: Captured
+) -> None:
+    text = recipe.read_text()
+    recipe.write_text(text.replace("output: {path: out.safetensors}", ""))
+    half = recipe.parent / "half.safetensors"
+
+    assert run(["merge", str(recipe), "-q"]) == 2
+    assert "the recipe has no 'output'" in capsys.readouterr().err
+    assert run(["merge", str(recipe), "-q", "-o", str(half)]) == 0
+    assert half.stat().st_size > 1_000_000
+    recipe.write_text(text.replace("{path: out.safetensors}", "{dtype: fp32}"))
+    assert run(["merge", str(recipe), "-q", "-o", str(half)]) == 2
+    assert run(["merge", str(recipe), "-q", "--force", "-o", str(half)]) == 0
+    assert {spec.dtype for spec in read_header(half).specs.values()} == {"F32", "I64"}
+
+
+def test_mistakes_and_missing_files_come_together(recipe: Path, capsys: Captured) -> None:
+    """By line; and where only files are missing, selectors are checked against the base."""
+    text = recipe.read_text()
+    gone = re.sub("B: .*", "B: gone.safetensors", text)
+    recipe.write_text(gone.replace("* M", "* N"))
+    assert run(["plan", str(recipe)]) == 2
+    found = re.findall("error: .*", capsys.readouterr().err)
+    assert ["no such file" in found[0], "unknown name 'N'" in found[1], len(found)] == [1, 1, 2]
+
+    recipe.write_text(gone.replace("M: 0.5", 'M: {default: 1, OUT3: 0, "*atn2*": 0}'))
+    assert run(["plan", str(recipe)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: ") == 3
+    for part in ("no such file", "did you mean 'OUT03'?", "did you mean '*attn2*'?"):
+        assert part in shown
 
 
 # --- lists -------------------------------------------------------------------------------------
@@ -405,6 +451,29 @@ def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
     )
 
 
+WHILE_LOADING = """
+import signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ckptools.errors":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from ckptools.__main__ import main
+main()
+"""
+
+
+def test_an_interruption_while_modules_are_loaded() -> None:
+    words = [sys.executable, "-c", WHILE_LOADING]
+
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=25)
+
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing was left behind\n"
+
+
 # Ctrl-C in a callback that Python calls by itself, where it drops what is raised.
 LOST = """
 import signal, sys, time, weakref
@@ -497,6 +566,7 @@ def test_the_caret_of_a_formula_stands_below_its_column(tmp_path: Path, capsys: 
     path = write_recipe(
         tmp_path / "r.yaml", "models: {A: a}", "merge: A + Q", "output: {path: o.safetensors}"
     )
+    (tmp_path / "a").touch()
     assert run(["plan", str(path)]) == 2
 
     lines = capsys.readouterr().err.splitlines()

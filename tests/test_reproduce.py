@@ -68,6 +68,20 @@ def test_a_merge_is_the_same_file_again(
     assert "out.safetensors: the same file" in capsys.readouterr().out
 
 
+def test_a_file_that_was_damaged_since_is_told(
+    merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = merged.parent / "out.safetensors"
+    whole = original.read_bytes()
+    original.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    assert run(["reproduce", str(merged)]) == 1
+    assert "the file beside the manifest is another now" in capsys.readouterr().out
+    original.unlink()
+    assert run(["reproduce", str(merged)]) == 0
+    assert "the same file as the manifest tells of" in capsys.readouterr().out
+
+
 def test_the_result_is_kept_where_it_is_asked_for(merged: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
 

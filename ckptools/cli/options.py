@@ -110,25 +110,16 @@ def output_option(function: F) -> F:
 
 def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None) -> Any:
     """The recipe with the command line's changes."""
-    from dataclasses import replace
-
     from ckptools.errors import UsageError
     from ckptools.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides=settings)
-    if output is None:
-        return loaded
-    if output.suffix != ".safetensors":
+    if output is not None and output.suffix != ".safetensors":
         raise UsageError(
             f"the output {str(output)!r} does not end in .safetensors",
             where="--output",
             fix=f"write {str(output) + '.safetensors'!r}",
         )
-    path = str(output.absolute())
-    # that the recipe's own output may be replaced says nothing of another file
-    elsewhere = replace(loaded.output, path=path, where="--output", overwrite=False)
-    is_same = loaded.output_path.absolute() == output.absolute()
-    return loaded if is_same else replace(loaded, output=elsewhere)
+    return load_recipe(recipe, overrides=settings, output=output)
 
 
 def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:

@@ -26,11 +26,11 @@ def command(
       ckptools plan recipe.yaml
     """
     from ckptools import report
-    from ckptools.workflow import default_threads, planned
+    from ckptools.workflow import default_threads, left_to_merge, planned
 
     loaded = load(recipe, settings, output)
     with planned(loaded, threads=default_threads(), force=True, headers_only=True) as plan:
         if as_json:
-            report.show_json("plan", report.plan_json(plan))
+            report.show_json("plan", report.plan_json(plan, left_to_merge(plan)))
         else:
-            report.show_plan(plan, details=details)
+            report.show_plan(plan, left_to_merge(plan), details=details)

@@ -175,7 +175,7 @@ def test_time_embed_goes_where_compat_says(compat: str, value: float) -> None:
         ("sd1", "default vae", "'default' is neither", "'default'"),
         ("sd1", " ", "a selector is empty", "`default`"),
         ("sd1", "ema", "'ema' matches none of the 1131 tensors", "holds unet, text_encoder, vae"),
-        ("sd1", "*attn9*", "'*attn9*' matches none of the 1131 tensors", "'*attn1*'?"),
+        ("sd1", "*attn9*", "'*attn9*' matches none of the 1131 tensors", "did you mean '*attn"),
         ("sd1", "*zzz*", "'*zzz*' matches none of the 1131 tensors", "the whole name"),
         ("sd1", "*Attn2*", "'*Attn2*' matches none", "globs are case-sensitive: '*attn2*'"),
         ("sd1", "attn2.", "'attn2.' matches none", "'*attn2.*' does"),

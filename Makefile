@@ -1,6 +1,9 @@
 # `make demo` and `make test` work on a fresh clone with nothing but Python (>= 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# What is installed is compiled when it is first imported, a tenth of it, and not while one waits.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test coverage fmt lint check docs pictures bench gpu clean
 
@@ -58,10 +61,10 @@ clean:
 .venv/.ready: pyproject.toml constraints.txt hatch_build.py ckptools/kernels.c
 	@echo "Setting up .venv: torch, diffusers and what they need, 1.3 GB, once; some minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[render]"
+	$(PIP) -e ".[render]"
 	$(BIN)/python -m compileall -q ckptools
 	touch $@
 
 .venv/.dev: .venv/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	touch $@

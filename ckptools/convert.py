@@ -21,7 +21,15 @@ from typing import Literal
 
 from ckptools.checkpoint import Checkpoint
 from ckptools.convert_settings import Wanted, settings_of
-from ckptools.errors import InputError, NonFiniteError, OutputError, UsageError, closest, nearest
+from ckptools.errors import (
+    InputError,
+    NonFiniteError,
+    OutputError,
+    UsageError,
+    closest,
+    nearest,
+    raise_all,
+)
 from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.folders import MAIN_COMPONENTS, SIDE_FILE, as_folder, is_diffusers_folder, renamed
 from ckptools.keymap import KeyMap, key_map, key_map_ids
@@ -32,7 +40,7 @@ from ckptools.manifest import (
     version,
     with_hash,
 )
-from ckptools.placement import existing_folder, manifest_problem, room_problem
+from ckptools.placement import Place, existing_folder, room_problem
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in
@@ -203,12 +211,14 @@ class Result:
     files        path below the output's folder → bytes
     sha256_data  path → sha256 of its tensor data
     recomputed   tensors that were read back and compared
+    notes        what became of an older output of the same name
     """
 
     conversion: Conversion
     files: Mapping[str, int]
     sha256_data: Mapping[str, str]
     recomputed: int
+    notes: tuple[str, ...]
     seconds: float
     peak_bytes: int
 
@@ -224,6 +234,9 @@ def planned(request: Request) -> Iterator[Conversion]:
     try:
         _check_output(request, target, checkpoint)
         conversion = _Planner(request, target, checkpoint).plan()
+        if target == "single":
+            fix = "use --force to replace it"
+            raise_all(list(_place_of(conversion).problems(force=request.force, fix=fix)))
         _check_space(conversion)
         yield conversion
         conversion.close()
@@ -528,22 +541,28 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
         )
     if output.is_dir() and target == "single":
         raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
-    in_the_way = manifest_problem(output, force=request.force) if target == "single" else None
-    if in_the_way:
-        raise in_the_way
+    if target == "single":
+        return
     if output.exists() and not request.force:
         raise OutputError(f"the output {str(output)!r} exists", fix="use --force to replace it")
-    if output.exists() and target == "diffusers" and not _may_replace(output):
+    if output.exists() and not _may_replace(output):
         raise OutputError(
             f"{str(output)!r} is no diffusers folder; it is not replaced",
             fix="write to a new folder",
         )
-    others = _files_of_others(output) if target == "diffusers" and output.is_dir() else []
+    others = _files_of_others(output) if output.is_dir() else []
     if others:
         raise OutputError(
             f"{str(output)!r} is not replaced: no conversion wrote {others[0]!r} in it",
             fix="write to a new folder",
         )
+
+
+def _place_of(conversion: Conversion) -> Place:
+    """Where a single file, or its shards, go."""
+    output, checkpoint = conversion.request.output.absolute(), conversion.checkpoint
+    files = tuple(output.parent / name for name in conversion.files)
+    return Place(output, files, (checkpoint.path, *(file.path for file in checkpoint.files)))
 
 
 def _files_of_others(folder: Path) -> list[str]:
@@ -589,7 +608,7 @@ def convert(
         else:
             files, sha256s = writer.folder()
         return Result(
-            conversion, files, sha256s, writer.recomputed,
+            conversion, files, sha256s, writer.recomputed, writer.notes,
             time.perf_counter() - started, peak_memory_bytes(),
         )  # fmt: skip
 
@@ -603,19 +622,21 @@ class _Writer:
         self.conversion, self.progress = conversion, progress
         self.settings = Settings(threads, allow_nonfinite=conversion.request.allow_nonfinite)
         self.recomputed = 0
+        self.notes: tuple[str, ...] = ()
 
     def single(self) -> tuple[dict[str, int], dict[str, str]]:
-        output = self.conversion.request.output
-        parent = output.absolute().parent
+        place = _place_of(self.conversion)
+        parent, stale = place.output.parent, place.stale()
         with made_folder(parent), ExitStack() as stack:
             layouts = self._layouts(parent)
             parts = open_parts(stack, layouts)
             sha256s = self._stream(parts)
             if len(layouts) > 1:
-                index = whole_file(index_path(parent / output.name), index_document(layouts))
+                index = whole_file(index_path(place.output), index_document(layouts))
                 parts += open_parts(stack, [index])
             commit_parts(parts)
-        manifest_path(output).unlink(missing_ok=True)  # of the file that was replaced
+        manifest_path(place.output).unlink(missing_ok=True)  # of the file that was replaced
+        self.notes = place.clear(stale)
         sync_folder(parent)
         return {part.layout.path.name: part.layout.file_bytes for part in parts}, sha256s
 

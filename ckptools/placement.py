@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,45 +19,96 @@ if TYPE_CHECKING:
     from ckptools.plan import Plan
 
 
-def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
-    """What stands in the way of a plan's files. force: what is there may be replaced."""
-    where = plan.recipe.output.where
+@dataclass(frozen=True)
+class Place:
+    """Where a model's file goes, or its shards and their index.
+
+    output  the file's name; that of shards is made from it
+    files   all that is written there, but for the manifest
+    inputs  files that are read meanwhile, and must stay
+    """
+
+    output: Path
+    files: tuple[Path, ...]
+    inputs: tuple[Path, ...]
+
+    @property
+    def other_form(self) -> Path:
+        """Where the same output lies in one file, for shards; the shards' index, for one file."""
+        return index_path(self.output) if len(self.files) == 1 else self.output
+
+    def problems(self, *, force: bool, fix: str) -> Iterator[OutputError]:
+        """What stands in the way. force: what is there may be replaced; fix: how to say so."""
+        for part in map(part_path, (*self.files, manifest_path(self.output))):
+            if self._is_input(part):
+                yield OutputError(
+                    f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one "
+                    "of the inputs",
+                    fix="write to another file",
+                )
+        in_the_way = manifest_problem(self.output, force=force)
+        if in_the_way:
+            yield in_the_way
+        read = [path for path in self.files if self._is_input(path)]
+        there = [path for path in self.files if path.exists() and path not in read]
+        folders = [path for path in there if path.is_dir()] if force else []
+        for paths, what, way in (
+            (read, "is one of the inputs", "write to another file"),
+            ([] if force else there, "exists", fix),
+            (folders, "is a folder", "write to another file"),
+        ):
+            if paths:  # of many shards, the first stands for all
+                more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+                shown = f"the output {os.path.normpath(paths[0])!r}"
+                yield OutputError(f"{shown} {what}{more}", fix=way)
+        if self.other_form.exists() and not force:  # one manifest cannot speak of both
+            yield OutputError(
+                f"{os.path.normpath(self.other_form)!r}, an output of the same name, exists",
+                fix="write elsewhere, or use --force: its record is then of the new one alone",
+            )
+
+    def stale(self) -> list[Path]:
+        """Shards that the index that is to be replaced names, and this output has not."""
+        if len(self.files) == 1:
+            return []
+        try:
+            named = (read_json_object(index_path(self.output)) or {}).get("weight_map")
+        except InputError:  # nobody knows what belonged to it
+            return []
+        pattern = re.compile(rf"{re.escape(self.output.stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
+        names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        there = [self.output.parent / name for name in sorted(names) if pattern.fullmatch(name)]
+        kept = {path.resolve() for path in (*self.files, *self.inputs)}
+        return [path for path in there if path.resolve() not in kept]
+
+    def clear(self, stale: Sequence[Path]) -> tuple[str, ...]:
+        """Remove shards of the output that was replaced; notes of what went, and of what stays."""
+        for path in stale:
+            with suppress(OSError):  # what is left of them is no part of any index
+                path.unlink()
+        notes = [f"{len(stale)} shards of the replaced output are removed"] if stale else []
+        if self.other_form.exists():
+            notes.append(f"{self.other_form.name}, an older output of the same name, is left")
+        return tuple(notes)
+
+    def _is_input(self, path: Path) -> bool:
+        return any(_same_file(path, other) for other in self.inputs)
+
+
+def place_of(plan: Plan) -> Place:
+    """Where a plan's output goes."""
     opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
     inputs = [file.path for checkpoint in opened for file in checkpoint.files]
     inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
-    for part in map(part_path, (*plan.outputs, manifest_path(plan.recipe.output_path))):
-        if any(_same_file(part, other) for other in inputs):
-            yield OutputError(
-                f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one of "
-                "the inputs",
-                where=where,
-                fix="write to another file",
-            )
-    in_the_way = manifest_problem(plan.recipe.output_path, force=force)
-    if in_the_way:
-        yield in_the_way.at(where)
-    for path in plan.outputs:
-        if any(_same_file(path, other) for other in inputs):
-            yield OutputError(
-                f"the output {os.path.normpath(path)!r} is one of the inputs",
-                where=where,
-                fix="write to another file",
-            )
-        elif path.exists() and not force:
-            yield OutputError(
-                f"the output {os.path.normpath(path)!r} exists",
-                where=where,
-                fix="use --force, or `overwrite: true`, to replace it",
-            )
-        elif path.is_dir():
-            yield OutputError(f"the output {os.path.normpath(path)!r} is a folder", where=where)
-    other = _other_form(plan)
-    if other.exists() and not force:  # one manifest cannot speak of both
-        yield OutputError(
-            f"{os.path.normpath(other)!r}, an output of the same name, exists",
-            where=where,
-            fix="write elsewhere; with --force the new manifest speaks of the new output alone",
-        )
+    return Place(plan.recipe.output_path, tuple(plan.outputs), tuple(inputs))
+
+
+def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
+    """What stands in the way of a plan's files. force: what is there may be replaced."""
+    where = plan.recipe.output.where
+    fix = "use --force, or `overwrite: true`, to replace it"
+    for problem in place_of(plan).problems(force=force, fix=fix):
+        yield problem.at(where)
     folder = existing_folder(plan.recipe.output_path.parent)
     if not folder.is_dir():
         yield OutputError(f"{str(folder)!r} is not a folder", where=where)
@@ -64,12 +118,6 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     too_full = room_problem(folder, plan.file_bytes)
     if too_full:
         yield too_full.at(where)
-
-
-def _other_form(plan: Plan) -> Path:
-    """Where the same output lies in one file, for shards; where the shards' index, for one file."""
-    output = plan.recipe.output_path
-    return index_path(output) if len(plan.outputs) == 1 else output
 
 
 def room_problem(folder: Path, nbytes: int) -> OutputError | None:

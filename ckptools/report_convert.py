@@ -40,6 +40,7 @@ def result_json(result: Result) -> dict[str, object]:
     return {
         **conversion_json(result.conversion),
         "written": dict(result.files),
+        "notes": [*result.conversion.notes, *result.notes],
         "sha256_data": dict(result.sha256_data),
         "verified": {"recomputed": result.recomputed},
         "seconds": round(result.seconds, 3),
@@ -79,5 +80,7 @@ def show_warnings(conversion: Conversion) -> None:
 def show_result(result: Result) -> None:
     """What was written, and what it took."""
     show_conversion(result.conversion, is_done=True)
+    for note in result.notes:
+        show_line(f"  note: {note}")
     peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
     show_line(f"  {result.seconds:.1f} s{peak}")

@@ -149,11 +149,21 @@ def _show_fits(found: Difference) -> None:
 
 
 def check_html(path: Path) -> None:
-    """Raise `OutputError` where no page can be written, before the models are read."""
+    """Raise `OutputError` where no page can be written, before the models are read.
+
+    A page is replaced, any other file is not: it may be one of the models.
+    """
     if not path.absolute().parent.is_dir():
         raise OutputError(
             f"there is no folder {str(path.parent)!r}", where="--html", fix="make it first"
         )
+    if path.is_file():
+        with path.open("rb") as stream:
+            begin = stream.read(64).lstrip().lower()
+        if begin and not begin.startswith((b"<!doctype html", b"<html")):
+            raise OutputError(
+                f"{str(path)!r} exists, and is no page", where="--html", fix="give another name"
+            )
 
 
 def write_html(found: Difference, path: Path, *, quiet: bool = False) -> None:

@@ -6,23 +6,22 @@ recipe ──▶ plan ──▶ pins ──▶ layout ──▶ stream ──▶
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.checkpoint import file_sha256, read_json_object
+from ckptools.checkpoint import file_sha256
 from ckptools.crew import usable_cores
 from ckptools.errors import InputError, OutputError, UsageError, nearest_name
 from ckptools.manifest import embedded_metadata, manifest_document, with_hash
 from ckptools.opening import Source
-from ckptools.placement import output_problems
+from ckptools.placement import output_problems, place_of
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, parse_recipe
@@ -314,9 +313,9 @@ def _write(
         for source in plan.sources:
             source.checkpoint.check_unchanged()
         recomputed = _verify(plan, parts, layouts, settings, streamed.sha256)
-        stale = _stale_shards(plan)
-        removed = (f"{len(stale)} shards of the replaced output are removed",) if stale else ()
-        notes = (*embedded.notes, *streamed.notes, *removed)
+        place = place_of(plan)
+        stale = place.stale()
+        notes = (*embedded.notes, *streamed.notes)
         verified = {"finite": not streamed.nonfinite, "recomputed": recomputed}
         document = manifest_document(
             plan, layouts, sha256s=sha256s, data_sha256s=streamed.sha256s, verified=verified,
@@ -327,9 +326,7 @@ def _write(
             small = [whole_file(index_path(recipe.output_path), index_document(layouts)), *small]
         parts += open_parts(stack, small)
         commit_parts(parts)
-    for path in stale:
-        with suppress(OSError):  # what is left of them is no part of any index
-            path.unlink()
+    notes = (*notes, *place.clear(stale))
     sync_folder(recipe.output_path.parent)
     return MergeResult(
         plan=plan,
@@ -343,23 +340,6 @@ def _write(
         file_bytes=sum(layout.file_bytes for layout in layouts),
         notes=notes,
     )
-
-
-def _stale_shards(plan: Plan) -> list[Path]:
-    """Shards that the index of the output that this one replaces names, and this one does not."""
-    output = plan.recipe.output_path
-    pattern = re.compile(rf"{re.escape(output.stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    if len(plan.shards) == 1:
-        return []
-    try:
-        named = (read_json_object(index_path(output)) or {}).get("weight_map")
-    except InputError:  # nobody knows what belonged to it
-        return []
-    names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
-    there = [output.parent / name for name in sorted(names) if pattern.fullmatch(name)]
-    inputs = [file.path for source in plan.sources for file in source.checkpoint.files]
-    kept = {path.resolve() for path in (*plan.outputs, *inputs)}
-    return [path for path in there if path.resolve() not in kept]
 
 
 @dataclass(frozen=True)

@@ -993,7 +993,7 @@ BROKEN: dict[str, tuple[Tensors, str, str]] = {
     "narrower": (lora(STEM_K, 10, 48), "the adapter is for 10 x 48, the weight is 10 x 24",
                  "use the base model"),
     "integers": (lora(STEM_K, 10, 24) | {f"{STEM_K}.lora_up.weight": torch.ones(10, 2).int()},
-                 "up is I32, not a float", ""),
+                 "up is I32, not a number", ""),
     "alpha": (lora(STEM_K, 10, 24) | {f"{STEM_K}.alpha": torch.tensor(math.nan)},
               "alpha is nan", ""),
     "no bias": (lora(STEM_K, 10, 24) | {f"{STEM_K}.diff_b": noise(10)},

@@ -103,6 +103,37 @@ def test_shards_come_back(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "C.safetensors"), load_file(source))
 
 
+def test_shards_are_replaced_as_a_whole_and_only_when_asked(tmp_path: Path) -> None:
+    a, b = (
+        write_model(tmp_path / f"{seed}.safetensors", shrunk("sd1"), seed=seed) for seed in (4, 5)
+    )
+    output = tmp_path / "x.safetensors"
+    convert(Request(a, output, shard_bytes=1_000_000))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("x*")}
+
+    for shard_bytes in (1_000_000, 0):
+        with pytest.raises(OutputError, match="exists"):
+            convert(Request(b, output, shard_bytes=shard_bytes))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("x*")} == before
+    result = convert(Request(b, output, shard_bytes=1_500_000, force=True))
+    assert sorted(path.name for path in tmp_path.glob("x*")) == sorted(result.files)
+    assert result.notes == (f"{len(before) - 1} shards of the replaced output are removed",)
+    result = convert(Request(a, output, force=True))
+    assert result.notes == (f"{output.name}.index.json, an older output of the same name, is left",)
+
+
+def test_shards_that_are_read_are_not_written_over(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "A.safetensors", shrunk("sd1"), seed=4)
+    output = tmp_path / "x.safetensors"
+    convert(Request(a, output, shard_bytes=1_000_000))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("x*")}
+
+    index = tmp_path / "x.safetensors.index.json"
+    with pytest.raises(OutputError, match="one of the inputs"):
+        convert(Request(index, output, shard_bytes=1_000_000, force=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("x*")} == before
+
+
 def test_the_same_bytes_every_time(sd1: Path, tmp_path: Path) -> None:
     outputs = [tmp_path / "1" / "x.safetensors", tmp_path / "2" / "x.safetensors"]
     for output, threads in zip(outputs, (1, 4), strict=True):

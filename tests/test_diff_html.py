@@ -125,6 +125,18 @@ def test_a_page_that_cannot_be_written_is_an_error(page: Path, capsys) -> None:
     assert "--html: there is no folder" in capsys.readouterr().err
 
 
+def test_a_page_replaces_a_page_and_no_model(page: Path, capsys) -> None:
+    model = page.with_name("one.safetensors")
+    before = model.read_bytes()
+
+    assert run(["diff", str(model), str(model), "--html", str(model)]) == 2
+    assert "exists, and is no page" in capsys.readouterr().err
+    assert model.read_bytes() == before
+    other = page.with_name("other.html")
+    for _ in range(2):
+        assert run(["diff", str(model), str(model), "--html", str(other)]) == 0
+
+
 def test_a_page_on_a_full_disk_leaves_the_old_one(
     page: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

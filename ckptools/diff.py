@@ -120,6 +120,7 @@ class Difference:
     pairs      per tensor; empty for a comparison of structure
     groups     "all", components, blocks
     fits       group -> fit, with `--explain-by`
+    fit_labels  what the fits call their models, in the order of the coefficients -> its path
     left_out   tensors that no fit covers, because some model lacks them
     """
 
@@ -137,7 +138,7 @@ class Difference:
     groups: Mapping[str, Pair] = field(default_factory=dict)
     low_rank: LowRank | None = None
     fits: Mapping[str, Fit] = field(default_factory=dict)
-    fit_labels: tuple[str, ...] = ()
+    fit_labels: Mapping[str, Path] = field(default_factory=dict)
     left_out: int = 0
     explanation: str = ""
     notes: tuple[str, ...] = ()
@@ -536,8 +537,10 @@ def _fitted(found: Difference, others: Sequence[Model], progress: Progress | Non
             groups[group] = groups[group] + gram if group in groups else gram
     fits = {group: fit for group in found.groups if group in groups
             if (fit := fit_models(groups[group].matrix)) is not None}  # fmt: skip
-    labels = ("A", *(chr(ord("C") + number) for number in range(len(others))))
-    return replace(found, fits=fits, fit_labels=labels, left_out=left_out)
+    labels = ["A", *(chr(ord("C") + number) for number in range(len(others)))]
+    paths = [model.checkpoint.path for model in (found.a, *others)]
+    named = dict(zip(labels, paths, strict=True))
+    return replace(found, fits=fits, fit_labels=named, left_out=left_out)
 
 
 def fit_models(matrix: NDArray[Any]) -> Fit | None:

@@ -176,7 +176,8 @@ def show_check(found: Check) -> None:
         f"  {found.matched:,} of {found.modules:,} modules matched; {_kind(found.kinds)}, "
         f"ranks {_counted(found.ranks)}"
     )
-    show_line(f"  made for {_fits(found.base)}; the model is {found.family}")
+    made = f"made for {_fits(found.base)}; " if found.base else ""
+    show_line(f"  {made}the model is {found.family}")
     for name in found.unmatched[:_MOST_LINES]:
         show_line(f"  matches nothing: {name}")
     if len(found.unmatched) > _MOST_LINES:

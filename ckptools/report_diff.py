@@ -49,10 +49,11 @@ def diff_json(found: Difference, *, top: int) -> dict[str, object]:
                 "coefficients": dict(zip(found.fit_labels, fit.coefficients, strict=True)),
                 "sum": sum(fit.coefficients),
                 "residual": fit.residual,
-                "formula": fit_in_words(fit, found.fit_labels),
+                "formula": fit_in_words(fit, [*found.fit_labels]),
             }
             for name, fit in found.fits.items()
         },
+        "fitted": {label: str(path) for label, path in found.fit_labels.items()},
         "left_out_of_fits": found.left_out,
     }  # fmt: skip
 
@@ -138,9 +139,11 @@ def _show_fits(found: Difference) -> None:
         return
     table = _table("group", "B ≈", "sum", "residual / |B - A|", numbers=(2, 3), wide=(1,))
     for name, fit in found.fits.items():
-        _row(table, name, fit_in_words(fit, found.fit_labels), f"{sum(fit.coefficients):.4g}",
+        _row(table, name, fit_in_words(fit, [*found.fit_labels]), f"{sum(fit.coefficients):.4g}",
              f"{fit.residual:.2g}")  # fmt: skip
     _show_table(table)
+    named = {**found.fit_labels, "B": found.b.checkpoint.path}
+    show_line(", ".join(f"{label} is {named[label].name}" for label in sorted(named)))
     if found.left_out:
         show_line(f"{found.left_out:,} tensors are in no fit: not all models have them")
 
@@ -200,7 +203,7 @@ def html_page(found: Difference) -> str:
         "places": [*found.family.components, "other", *found.family.blocks],
         "groups": {name: _pair_json(pair) for name, pair in found.groups.items()},
         "fits": [
-            {"group": name, "formula": fit_in_words(fit, found.fit_labels),
+            {"group": name, "formula": fit_in_words(fit, [*found.fit_labels]),
              "residual": fit.residual}
             for name, fit in found.fits.items()
         ],

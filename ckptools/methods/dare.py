@@ -25,7 +25,8 @@ def dare(
     models, base  same shape; the task vectors are models - base, and they are summed
     density       probability that an element is kept; kept ones are divided by it
     scale         factor on the sum
-    The recipe's `seed` fixes the masks; each model draws its own.
+    The recipe's `seed` fixes the masks; each model draws its own, by its place in the call, so that
+    two calls in one formula draw the same.
     """
     import torch
 

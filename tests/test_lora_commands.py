@@ -98,8 +98,11 @@ def extracted(folder: Path, output: Path, **options: object) -> Extraction:
 # --- extract -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", ["kohya", "peft"])
-@pytest.mark.parametrize("budget", [Budget(rank=4), Budget(energy=0.8)], ids=["rank", "energy"])
+@pytest.mark.parametrize(
+    ("names", "budget"),
+    [("kohya", Budget(rank=4)), ("peft", Budget(energy=0.8))],
+    ids=["kohya-rank", "peft-energy"],
+)
 def test_baking_what_was_extracted_misses_b_by_the_stated_residual(
     pair: Path, names: str, budget: Budget, tmp_path: Path
 ) -> None:

@@ -539,10 +539,10 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
             f"the output {str(output)!r} is, or holds, the input",
             fix="write somewhere else",
         )
-    if output.is_dir() and target == "single":
-        raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
     if target == "single":
-        return
+        if output.is_dir():
+            raise OutputError(f"the output {str(output)!r} is a folder", fix="give a file's name")
+        return  # its shards are known when the conversion is planned
     if output.exists() and not request.force:
         raise OutputError(f"the output {str(output)!r} exists", fix="use --force to replace it")
     if output.exists() and not _may_replace(output):

@@ -4,9 +4,10 @@
    `native.py` calls it through ctypes, which lets other threads run meanwhile. Compiled without
    contraction (-ffp-contract=off): a fused multiply-add would round differently.
 
-   Source of the roundings: Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
-   proved algorithms using rounding to odd", section 3; Dekker 1971, "A floating-point technique for extending the available
-   precision", section 5; IEEE 754-2019, section 4.3.1 (to nearest, ties to even). */
+   Source of the roundings: Dekker 1971, "A floating-point technique for extending the available
+   precision", section 5; IEEE 754-2019, section 4.3.1 (to nearest, ties to even); Boldo and
+   Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+   to odd", section 3. */
 
 #include <stdint.h>
 #include <string.h>

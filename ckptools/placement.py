@@ -1,4 +1,4 @@
-"""Where an output is to lie: all that stands in its way, found before anything is written."""
+"""Where an output is to lie: what stands in its way, and what stays there of an older one."""
 
 from __future__ import annotations
 

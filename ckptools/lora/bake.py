@@ -107,7 +107,8 @@ def _placed(change: Change) -> Iterator[None]:
     try:
         yield
     except InputError as exc:
-        raise exc.at(change.module.name) from None
+        exc.at(change.module.name)
+        raise
 
 
 def _index(change: Change) -> tuple[slice, ...]:

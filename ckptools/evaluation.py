@@ -232,9 +232,9 @@ def store(values: Tensor, target: Tensor) -> None:
     that format is no longer 448. Source: https://github.com/pytorch/pytorch/pull/178817.
     """
     if values.dtype == torch.float64 and target.element_size() < 4:
-        blocks = zip(values.reshape(-1).split(BLOCK), target.view(-1).split(BLOCK), strict=True)
-        for block, room in blocks:
-            store(_to_odd(block), room)
+        flat, room = values.reshape(-1), target.view(-1)
+        for low in range(0, len(flat), BLOCK):
+            store(_to_odd(flat[low : low + BLOCK]), room[low : low + BLOCK])
         return
     if target.dtype == torch.float8_e4m3fn and values.dtype != target.dtype:
         wide = values.float() if values.element_size() == 1 else values

@@ -11,6 +11,7 @@ what PyTorch Lightning keeps beside the weights (`optimizer_states`, `callbacks`
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -79,8 +80,18 @@ _LEFTOVERS = (
     "epoch", "global_step", "pytorch-lightning_version", "loss.", "first_stage_model.loss.",
 )  # fmt: skip
 _ENOUGH_KNOWN = 0.9  # of the tensors, for a family that only a key map describes
-_FOLDER_SUFFIXES = {".json", ".safetensors", ".bin", ".part"}
-_TOKENIZER_FILES = {"merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"}
+# What lies in a folder of diffusers or transformers: weights, whole or in shards, and settings.
+_WEIGHTS_FILE = re.compile(
+    r"(diffusion_pytorch_model|model|pytorch_model)"
+    r"(\.(fp16|bf16|fp32|ema|non_ema))?(-\d{5}-of-\d{5})?(\.(fp16|bf16|fp32|ema|non_ema))?"
+    r"\.(safetensors|bin)(\.index(\.\w+)?\.json|\.part)?"
+)
+_SETTINGS_FILES = {
+    SIDE_FILE, "model_index.json", "config.json", "scheduler_config.json",
+    "preprocessor_config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -533,7 +544,8 @@ def _check_output(request: Request, target: Target, checkpoint: Checkpoint) -> N
     written = [path for path in (output, part_path(output.absolute())) if path.exists()]
     is_input = any(place.samefile(path) for place in written for path in inputs)
     holds_input = target == "diffusers" and resolved in inside
-    is_within = checkpoint.path.is_dir() and checkpoint.path.resolve() in resolved.parents
+    folders = [path.resolve() for path in (checkpoint.path, request.source) if path.is_dir()]
+    is_within = any(folder in resolved.parents for folder in folders)
     if is_input or holds_input or is_within:
         raise OutputError(
             f"the output {str(output)!r} is, or holds, the input",
@@ -566,12 +578,12 @@ def _place_of(conversion: Conversion) -> Place:
 
 
 def _files_of_others(folder: Path) -> list[str]:
-    """Files in a diffusers folder that are no weights and no settings: somebody's own."""
+    """Files in a diffusers folder that no folder of a model has: somebody's own."""
     there = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     return [
         path.relative_to(folder).as_posix()
         for path in there
-        if path.suffix not in _FOLDER_SUFFIXES and path.name not in _TOKENIZER_FILES
+        if not (_WEIGHTS_FILE.fullmatch(path.name) or path.name in _SETTINGS_FILES)
     ]
 
 
@@ -629,11 +641,12 @@ class _Writer:
         parent, stale = place.output.parent, place.stale()
         with made_folder(parent), ExitStack() as stack:
             layouts = self._layouts(parent)
-            parts = open_parts(stack, layouts)
+            replaces = self.conversion.request.force
+            parts = open_parts(stack, layouts, replaces=replaces)
             sha256s = self._stream(parts)
             if len(layouts) > 1:
                 index = whole_file(index_path(place.output), index_document(layouts))
-                parts += open_parts(stack, [index])
+                parts += open_parts(stack, [index], replaces=replaces)
             commit_parts(parts)
         manifest_path(place.output).unlink(missing_ok=True)  # of the file that was replaced
         self.notes = place.clear(stale)
@@ -643,7 +656,9 @@ class _Writer:
     def folder(self) -> tuple[dict[str, int], dict[str, str]]:
         conversion = self.conversion
         with made_folder(conversion.request.output.absolute().parent), ExitStack() as stack:
-            whole = stack.enter_context(PartFolder(conversion.request.output.absolute()))
+            request = conversion.request
+            folder = PartFolder(request.output.absolute(), replaces=request.force)
+            whole = stack.enter_context(folder)
             layouts = self._layouts(whole.part)
             small = {whole.part / path: data for path, data in conversion.settings.items()}
             for shards in _sharded(layouts):

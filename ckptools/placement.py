@@ -50,7 +50,7 @@ class Place:
         if in_the_way:
             yield in_the_way
         read = [path for path in self.files if self._is_input(path)]
-        there = [path for path in self.files if path.exists() and path not in read]
+        there = [path for path in self.files if os.path.lexists(path) and path not in read]
         folders = [path for path in there if path.is_dir()] if force else []
         for paths, what, way in (
             (read, "is one of the inputs", "write to another file"),

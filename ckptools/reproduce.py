@@ -7,6 +7,7 @@ have them merged into a folder of its own.
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +35,9 @@ _COMPARED = 1 << 20
 class Output:
     """One file of a merge, as the manifest and as the repetition have it.
 
-    beside  what lies under its name beside the manifest, where the repetition is as the manifest
-            says: "same" as the repetition to the last byte, "other", or "" for nothing
+    beside  what lies under its name beside the manifest, where the repetition's tensors are as the
+            manifest says: "same" as the repetition to the last byte, "other", or "" for nothing,
+            or for a file that is the manifest's by its header
     """
 
     file: str
@@ -128,7 +130,8 @@ def reproduce(
         found = json.loads(done.manifest.read_text(encoding="utf-8"))
         _check_inputs(manifest, found)
         outputs = tuple(
-            _beside(one, manifest, done.output.parent) for one in _outputs(manifest, found)
+            _beside(one, manifest, done.output.parent)
+            for one in (*_outputs(manifest, found), *_index_of(done))
         )
         first = ""
         if not all(one.same_file for one in outputs):
@@ -288,7 +291,9 @@ def _check_inputs(manifest: _Manifest, found: Mapping[str, Any]) -> None:
 
 def _outputs(manifest: _Manifest, found: Mapping[str, Any]) -> tuple[Output, ...]:
     there = {one["file"]: one for one in found["outputs"]}
-    return tuple(
+    untold = there.keys() - {one["file"] for one in manifest.outputs}
+    more = [Output(file, "", "", there[file]["sha256_data"], "") for file in sorted(untold)]
+    told = tuple(
         Output(
             one["file"], one["sha256_data"], one["header_sha256"],
             there.get(one["file"], {}).get("sha256_data", ""),
@@ -296,14 +301,30 @@ def _outputs(manifest: _Manifest, found: Mapping[str, Any]) -> tuple[Output, ...
         )
         for one in manifest.outputs
     )  # fmt: skip
+    return (*told, *more)
+
+
+def _index_of(done: MergeResult) -> list[Output]:
+    """The index of shards, of which a manifest does not speak: the shards make it what it is."""
+    if len(done.plan.outputs) == 1:
+        return []
+    sha256 = hashlib.sha256(done.output.read_bytes()).hexdigest()
+    return [Output(done.output.name, sha256, sha256, sha256, sha256)]
 
 
 def _beside(output: Output, manifest: _Manifest, folder: Path) -> Output:
     """With what became of the original since it was merged: damaged, replaced, moved."""
     path, again = manifest.folder / output.file, folder / output.file
-    if manifest.ref is not None or not (output.same_file and path.is_file()):
+    if manifest.ref is not None or not output.same_data or not path.is_file():
         return output
-    return replace(output, beside="same" if filecmp.cmp(path, again, shallow=False) else "other")
+    if output.same_file:
+        is_same = filecmp.cmp(path, again, shallow=False)
+        return replace(output, beside="same" if is_same else "other")
+    try:
+        is_original = read_header(path).sha256 == output.header_sha256
+    except CkptError:
+        is_original = False
+    return output if is_original else replace(output, beside="other")
 
 
 def _first_difference(manifest: _Manifest, done: MergeResult, outputs: Sequence[Output]) -> str:
@@ -319,7 +340,7 @@ def _first_difference(manifest: _Manifest, done: MergeResult, outputs: Sequence[
                 return f"{name}: not in the repetition"
             if other.specs[name] != spec:
                 return f"{name}: {spec} in the original, {other.specs[name]} in the repetition"
-            at = None if output.same_data else _differ(original, one, again, other, name)
+            at = _differ(original, one, again, other, name)
             if at is not None:
                 return f"{name}: byte {at:,} of its data"
         extra = sorted(other.specs.keys() - one.specs.keys())

@@ -104,8 +104,8 @@ def verify_source(
     path: Path,
     *,
     deep: bool = False,
-    expect: str = "",
-    sha256: str = "",
+    expect: str | None = None,
+    sha256: str | None = None,
     recipe: Recipe | None = None,
     threads: int = 2,
     progress: Progress | None = None,
@@ -136,7 +136,7 @@ def verify_source(
         _check_names(checkpoint, found)
         _check_header(checkpoint, found)
         _check_family(detection, wanted_family, found)
-        _check_whole(checkpoint, detection, found, is_asked=bool(expect))
+        _check_whole(checkpoint, detection, found, is_asked=expect is not None)
         manifest = _check_manifest(checkpoint, found)
         _check_data(
             checkpoint,
@@ -163,9 +163,9 @@ def _in_words(error: CkptError, path: Path) -> str:
 # --- what is asked -----------------------------------------------------------------------------
 
 
-def _family_wanted(expect: str) -> tuple[str, str]:
+def _family_wanted(expect: str | None) -> tuple[str, str]:
     """(family or kind, variant or "")."""
-    if not expect:
+    if expect is None:
         return "", ""
     name, _, variant = expect.partition("/")
     families = load_families()
@@ -179,10 +179,12 @@ def _family_wanted(expect: str) -> tuple[str, str]:
     return name, variant
 
 
-def _sha256_wanted(text: str) -> str:
+def _sha256_wanted(text: str | None) -> str:
+    if text is None:
+        return ""
     wanted = text.strip().lower().removeprefix("sha256:").removeprefix("0x")
     fits = _LEAST_DIGITS <= len(wanted) <= _HEX_DIGITS and not wanted.strip("0123456789abcdef")
-    if wanted and not fits:
+    if not fits:  # least of all an empty one, of a script whose variable is not set
         raise UsageError(
             f"{text!r} is not a sha256", fix="give all 64 hex digits, or the first 10 or more"
         )

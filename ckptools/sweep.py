@@ -633,7 +633,7 @@ class _Run:
 
 def label(numbers: Mapping[str, float]) -> str:
     """A variant's name: "M=0.25" or "M=0.25 N=1"."""
-    return " ".join(f"{name}={number:g}" for name, number in numbers.items())
+    return " ".join(f"{name}={number:.15g}" for name, number in numbers.items())
 
 
 def judge(looks: Looks, parents: Sequence[Looks]) -> tuple[str, tuple[str, ...]]:
@@ -732,10 +732,12 @@ def recipe_text(recipe: Recipe, numbers: Mapping[str, float], folder: Path) -> s
             params = top["params"]
             params.value = [(k, scalar if k.value == name else v) for k, v in params.value]
     paths = [*_items(top["models"]).values(), *(top["loras"].value if "loras" in top else ())]
+    scalars: dict[int, yaml.ScalarNode] = {}  # each once: an alias is the node that it names
     for node in paths:
         fields = _items(node) if isinstance(node, yaml.MappingNode) else {"path": node}
-        for key in fields.keys() & {"path", "config"}:
-            _move(fields[key], recipe, folder)
+        scalars |= {id(fields[key]): fields[key] for key in fields.keys() & {"path", "config"}}
+    for scalar in scalars.values():
+        _move(scalar, recipe, folder)
     _move(_items(top["output"])["path"], recipe, folder, to=recipe.output_path)
     return yaml.serialize(root, allow_unicode=True, width=100)
 

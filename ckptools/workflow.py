@@ -146,7 +146,8 @@ def merge(
         if when == "before_save":
             drawn = rendering.render_gate(plan, sha256s, force=force, progress=pictures)
         with made_folder(recipe.output_path.parent):
-            result = _write(plan, sha256s, progress, started)
+            replaces = force or recipe.output.overwrite
+            result = _write(plan, sha256s, progress, started, replaces=replaces)
         if when == "after_save":
             drawn = rendering.render_saved(plan, result.output, force=force, progress=pictures)
         return replace(result, rendering=drawn)
@@ -294,7 +295,12 @@ def check_pins(
 
 
 def _write(
-    plan: Plan, sha256s: Mapping[str, str], progress: Progress, started: float
+    plan: Plan,
+    sha256s: Mapping[str, str],
+    progress: Progress,
+    started: float,
+    *,
+    replaces: bool,
 ) -> MergeResult:
     from ckptools.engine import Settings
 
@@ -304,7 +310,7 @@ def _write(
     settings = Settings(plan.threads, recipe.seed, allow_nonfinite=recipe.allow_nonfinite)
     manifest = manifest_path(recipe.output_path)
     with ExitStack() as stack:
-        parts = open_parts(stack, layouts)
+        parts = open_parts(stack, layouts, replaces=replaces)
         progress.start("merging", plan.output_bytes)
         streamed = _stream(plan, parts, settings, progress)
         layouts = [with_hash(layout, streamed.sha256) for layout in layouts]
@@ -321,10 +327,10 @@ def _write(
             plan, layouts, sha256s=sha256s, data_sha256s=streamed.sha256s, verified=verified,
             notes=notes,
         )  # fmt: skip
-        small = [whole_file(manifest, document)]
         if len(layouts) > 1:
-            small = [whole_file(index_path(recipe.output_path), index_document(layouts)), *small]
-        parts += open_parts(stack, small)
+            index = whole_file(index_path(recipe.output_path), index_document(layouts))
+            parts += open_parts(stack, [index], replaces=replaces)
+        parts += open_parts(stack, [whole_file(manifest, document)])
         commit_parts(parts)
     notes = (*notes, *place.clear(stale))
     sync_folder(recipe.output_path.parent)

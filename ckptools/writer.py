@@ -156,10 +156,13 @@ class PartFile:
     Large writes go straight to the disk, past the page cache, where the system can: a file that is
     read next week needs no room in memory today, and nothing is left to wait for at the end. A
     page of the file is written either that way or the usual way, never both.
+
+    replaces  whether a file of the final name may be there, or appear meanwhile
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, replaces: bool = True) -> None:
         self.layout = layout
+        self._replaces = replaces
         self._number = -1
         self._direct = -1
         self._ours = False
@@ -167,6 +170,7 @@ class PartFile:
     def __enter__(self) -> Self:
         try:
             with held_back():
+                _finish_link(self.layout)
                 self._number = _open_locked(self.layout.part)
                 self._ours = True
             if os.fstat(self._number).st_size:
@@ -224,16 +228,37 @@ class PartFile:
         except OSError as exc:
             raise output_error(exc, self.layout.path) from exc
 
+    def check_free(self) -> None:
+        """Raise `OutputError` where a file is in the way that may not be replaced."""
+        if not self._replaces and os.path.lexists(self.layout.path):
+            raise appeared(self.layout.path)
+
     def commit(self) -> None:
         """Give the file its final name; whatever had that name is replaced in one step."""
+        self.check_free()
         try:
             if os.name == "nt":
                 self._close()
-            self.layout.part.replace(self.layout.path)
+            if self._replaces or not self._link():
+                self.layout.part.replace(self.layout.path)
+        except FileExistsError as exc:
+            raise appeared(self.layout.path) from exc
         except OSError as exc:
             raise output_error(exc, self.layout.path) from exc
         self._ours = False
         self._close()
+
+    def _link(self) -> bool:
+        """Take the final name only if nobody has it; False where the system has no hard links."""
+        try:
+            os.link(self.layout.part, self.layout.path)
+        except FileExistsError:
+            raise
+        except OSError:
+            return False
+        with suppress(OSError):
+            self.layout.part.unlink()
+        return True
 
     def _close(self) -> None:
         for number in (self._number, self._direct):
@@ -259,12 +284,15 @@ class PartFolder:
     As a context manager it removes the part, and all in it, on any failure. A part left by a killed
     process is emptied and taken over; one that another process is writing, or that holds what
     nobody left there, is refused.
+
+    replaces  whether a folder of the final name may be there, or appear meanwhile
     """
 
     _LOCK = ".ckptools-lock"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, replaces: bool = True) -> None:
         self.path = path
+        self._replaces = replaces
         self.part = part_path(path)
         self._number = -1
 
@@ -298,6 +326,8 @@ class PartFolder:
 
     def commit(self) -> None:
         """Give the folder its final name; a folder of that name is put aside, then removed."""
+        if not self._replaces and os.path.lexists(self.path):
+            raise appeared(self.path)
         old = _free_name(self.path) if self.path.exists() else None
         try:
             with held_back():
@@ -330,10 +360,12 @@ class PartFolder:
                 _remove(self.part)
 
 
-def open_parts(stack: ExitStack, layouts: Iterable[Layout]) -> list[PartFile]:
+def open_parts(
+    stack: ExitStack, layouts: Iterable[Layout], *, replaces: bool = True
+) -> list[PartFile]:
     """Parts that the stack removes if they are not committed, whenever an interruption comes."""
     with held_back():
-        return [stack.enter_context(PartFile(layout)) for layout in layouts]
+        return [stack.enter_context(PartFile(layout, replaces=replaces)) for layout in layouts]
 
 
 def commit_parts(parts: Sequence[PartFile]) -> None:
@@ -341,6 +373,8 @@ def commit_parts(parts: Sequence[PartFile]) -> None:
     for part in parts:
         part.sync()
     with held_back():
+        for part in parts:
+            part.check_free()
         for part in parts:
             part.commit()
 
@@ -375,6 +409,14 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def appeared(path: Path) -> OutputError:
+    """The error of an output that was not there when its making began."""
+    return OutputError(
+        f"the output {os.path.normpath(path)!r} was made by somebody else meanwhile",
+        fix="write elsewhere, or use --force to replace it",
+    )
 
 
 def output_error(exc: OSError, path: Path) -> OutputError:
@@ -413,6 +455,13 @@ def made_folder(folder: Path) -> Iterator[None]:
         if isinstance(exc, OSError):
             raise output_error(exc, folder) from exc
         raise
+
+
+def _finish_link(layout: Layout) -> None:
+    """Remove a part that has its final name already, too: whoever gave it that was killed then."""
+    with suppress(OSError):
+        if layout.part.samefile(layout.path) and not layout.part.is_symlink():
+            layout.part.unlink()
 
 
 def _open_locked(part: Path) -> int:

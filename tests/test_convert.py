@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ckptools.cli import run
 from ckptools.convert import Request, convert, planned
 from ckptools.errors import CkptError, InputError, NonFiniteError, OutputError
 from ckptools.folders import SIDE_FILE
+from ckptools.progress import Progress
 from ckptools.tensors import TensorSpec
 
 TINY = Path(ckptools.__file__).parent / "tiny"
@@ -448,13 +450,50 @@ def test_what_cannot_be_done_is_said(
 def test_force_replaces_a_folder_whole(sd1: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     convert(Request(sd1, folder))
-    (folder / "unet" / "old.json").write_text("{}")
+    old = folder / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    old.write_bytes(b"{}")
     convert(Request(sd1, folder, dtypes={"default": "F16"}, force=True))
 
-    assert not (folder / "unet" / "old.json").exists()
+    assert not old.exists()
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in unet.values()} == {torch.float16}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["my-lora.safetensors", "notes.json", "unet/style.safetensors"])
+def test_a_folder_with_files_of_its_owner_is_not_replaced(
+    name: str, sd1: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    convert(Request(sd1, folder))
+    (folder / name).write_bytes(b"mine")
+
+    with pytest.raises(OutputError, match=f"no conversion wrote '{name}'"):
+        convert(Request(sd1, folder, force=True))
+    assert (folder / name).read_bytes() == b"mine"
+
+
+def test_what_appears_meanwhile_is_not_replaced_unasked(sd1: Path, tmp_path: Path) -> None:
+    """Files and folders; with --force they are replaced."""
+    places = [tmp_path / "x.safetensors", tmp_path / "d"]
+
+    class Other(Progress):
+        def start(self, *_: object) -> None:
+            for output in places:
+                if output.suffix:
+                    output.write_bytes(b"theirs")
+                else:
+                    output.mkdir(exist_ok=True)
+                    (output / "thesis.txt").write_text("theirs")
+
+    for output in places:
+        with pytest.raises(OutputError, match="made by somebody else meanwhile"):
+            convert(Request(sd1, output), progress=Other())
+        assert places[0].read_bytes() == b"theirs"
+        assert [path.name for path in places[1].iterdir()] == ["thesis.txt"]
+        assert sorted(tmp_path.iterdir()) == sorted(places)
+        shutil.rmtree(places[1])
+        places[0].unlink()
 
 
 def test_a_source_folder_is_not_written_into(sd1: Path, tmp_path: Path) -> None:
@@ -462,6 +501,9 @@ def test_a_source_folder_is_not_written_into(sd1: Path, tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="is, or holds, the input"):
         convert(Request(tmp_path / "folder", tmp_path / "folder" / "out.safetensors"))
+    unet = tmp_path / "folder" / "unet"
+    with pytest.raises(OutputError, match="is, or holds, the input"):
+        convert(Request(unet, unet / "out.safetensors"))
 
 
 # --- nothing is left behind --------------------------------------------------------------------

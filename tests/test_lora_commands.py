@@ -431,6 +431,94 @@ def test_merging_is_baking_both(sd1: Path, tmp_path: Path, second: dict[str, str
     assert inspect_adapter(both).scheme == "kohya"
 
 
+def test_a_scale_of_a_whole_difference_is_merged_too(sd1: Path, tmp_path: Path) -> None:
+    a, one, two = sd1 / "A.safetensors", tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    extracted(sd1, one, budget=FULL, dtype="fp32", with_diff=True)
+    held = {n: t for n, t in load_file(one).items() if n.endswith((".diff", ".diff_b"))}
+    stems = {n.removesuffix(".diff") for n in held if n.endswith(".diff")}
+    assert stems
+    write_tensors(one, held | {f"{stem}.scale": torch.tensor(0.25) for stem in stems})
+
+    concatenate([one], two, weights=[2.0])
+
+    wanted, got = bake(tmp_path, a, (one, 2.0)), bake(tmp_path, a, (two, 1.0))
+    assert distance(wanted, got) < 1e-5 * distance(load_file(a), wanted)
+
+
+def test_a_module_that_makes_its_layer_larger_is_carried_as_it_is(
+    sd1: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    extracted(sd1, one, budget=Budget(rank=4))
+    held = load_file(one)
+    stem = next(name.removesuffix(".alpha") for name in held if name.endswith(".alpha"))
+    write_tensors(one, held | {f"{stem}.reshape_weight": torch.tensor([64, 9])})
+
+    done = resize(one, two, budget=Budget(rank=2))
+
+    assert [name for name, _ in done.carried] == [stem]
+    for name, tensor in load_file(one).items():
+        if name.startswith(f"{stem}."):
+            assert torch.equal(load_file(two)[name], tensor)
+    with pytest.raises(InputError, match="cannot be summed"):
+        concatenate([one], two, weights=[0.5], force=True)
+
+
+def test_metadata_tells_of_dora_and_of_biases(sd1: Path, tmp_path: Path) -> None:
+    """Loaders make the modules by it: what it does not tell of is not loaded."""
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    extracted(sd1, one, budget=Budget(rank=4), names="peft")
+    with open_adapter(one) as adapter:
+        plain = json.loads(adapter.checkpoint.metadata["lora_adapter_metadata"])
+    ups = {n: t for n, t in load_file(one).items() if n.endswith(".lora_B.weight")}
+    more = {
+        n.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(t))
+        for n, t in ups.items()
+    }
+    more |= {n.replace("lora_B.weight", "lora_B.bias"): torch.ones(len(t)) for n, t in ups.items()}
+    write_tensors(one, load_file(one) | more)
+
+    resize(one, two, budget=Budget(rank=2))
+
+    with open_adapter(two) as adapter:
+        told = json.loads(adapter.checkpoint.metadata["lora_adapter_metadata"])
+    assert "unet.use_dora" not in plain
+    assert told["unet.use_dora"] is told["unet.lora_bias"] is True
+
+
+def test_outputs_stay_away_from_inputs_and_from_configs_of_others(
+    sd1: Path, tmp_path: Path
+) -> None:
+    one, out = tmp_path / "out.safetensors.part", tmp_path / "out.safetensors"
+    extracted(sd1, tmp_path / "one.safetensors", budget=Budget(rank=4), names="peft")
+    (tmp_path / "one.safetensors").rename(one)
+    before = one.read_bytes()
+
+    with pytest.raises(OutputError, match="is one of the inputs"):
+        resize(one, out, budget=Budget(rank=2))
+    assert one.read_bytes() == before
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    with pytest.raises(OutputError, match=r"adapter_config\.json lies there"):
+        resize(one, tmp_path / "x.safetensors", budget=Budget(rank=2))
+
+
+def test_what_merges_carry_is_not_extracted(tmp_path: Path) -> None:
+    """Position tables of SD3: a merge keeps the base's, whatever an adapter says."""
+    first = model_values(shrunk("sd3"), seed=1)
+    name = next(name for name in first if name.endswith("pos_embed"))
+    second = tuned(first, 2)
+    write_tensors(tmp_path / "A.safetensors", first)
+    write_tensors(tmp_path / "B.safetensors", second)
+
+    done = extracted(tmp_path, tmp_path / "x.safetensors", budget=FULL, with_diff=True)
+    baked = bake(tmp_path, tmp_path / "A.safetensors", (tmp_path / "x.safetensors", 1.0))
+
+    assert (name, "part of what the model is") in [(o.tensor, o.reason) for o in done.left_out]
+    assert distance(baked, second) / distance(first, second) == pytest.approx(
+        done.residual.relative, rel=1e-2
+    )
+
+
 def test_merging_may_recompress(sd1: Path, tmp_path: Path) -> None:
     one, two = two_loras(sd1, tmp_path)
     done = concatenate([one, two], tmp_path / "both.safetensors", budget=Budget(rank=6))

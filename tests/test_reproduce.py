@@ -11,6 +11,7 @@ import pytest
 from hub_sources import hub_in
 from loopback_hub import LoopbackHub
 
+from ckptools.checkpoint import read_header
 from ckptools.cli import run
 from ckptools.errors import InputError
 from ckptools.reproduce import reproduce
@@ -80,6 +81,46 @@ def test_a_file_that_was_damaged_since_is_told(
     original.unlink()
     assert run(["reproduce", str(merged)]) == 0
     assert "the same file as the manifest tells of" in capsys.readouterr().out
+
+
+def test_a_damaged_original_is_told_whatever_its_header_says(merged: Path) -> None:
+    """As that of another version of ckptools, which has another header around the same data."""
+    original = merged.parent / "out.safetensors"
+    raw = original.read_bytes()
+    nbytes = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + nbytes].replace(b'"mine":"x"', b'"mine":"y"')
+    original.write_bytes(raw[:8] + header + raw[8 + nbytes :])
+    edited(merged, outputs__0__header_sha256=read_header(original).sha256)
+    for data, first in ((raw[8 + nbytes :], ""), (raw[8 + nbytes : -1] + b"\x01", ": byte ")):
+        original.write_bytes(raw[:8] + header + data)
+        found = reproduce(merged)
+        assert found.same_data
+        assert first in found.first
+        assert found.same is not bool(first)
+    original.write_bytes(raw)  # not the manifest's by its header
+    assert not reproduce(merged).same
+
+
+def test_every_shard_and_their_index_are_compared(sd1_models: Models, tmp_path: Path) -> None:
+    a, b, _ = (shutil.copy(path, tmp_path / path.name) for path in sd1_models)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"ckptools: 1\nmodels: {{A: {a}, B: {b}}}\nmerge: A * 0.5 + B * 0.5\n"
+        "output: {path: s.safetensors, shard_size: 1MB}\n"
+    )
+    assert run(["merge", str(recipe), "-q"]) == 0
+    manifest = tmp_path / "s.safetensors.ckptools.json"
+    assert reproduce(manifest).same
+
+    whole = manifest.read_text()
+    document = json.loads(whole)
+    document["outputs"] = document["outputs"][:1]
+    manifest.write_text(json.dumps(document))
+    assert not reproduce(manifest).same
+    manifest.write_text(whole)
+    (tmp_path / "s.safetensors.index.json").write_text('{"weight_map": {}}')
+    found = reproduce(manifest)
+    assert (found.same_data, found.same, found.outputs[-1].beside) == (True, False, "other")
 
 
 def test_the_result_is_kept_where_it_is_asked_for(merged: Path, tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_the_family_can_be_demanded(
     assert "family" in found.checked
 
 
-@pytest.mark.parametrize("expect", ["", "sd1"])
+@pytest.mark.parametrize("expect", [None, "sd1"])
 def test_a_component_that_is_there_in_part_is_told(
-    expect: str, sd1_models: tuple[Path, Path, Path], tmp_path: Path
+    expect: str | None, sd1_models: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     """A problem where a family is asked for; components that are not there at all are none."""
     name = "model.diffusion_model.out.2.bias"
@@ -271,10 +271,15 @@ def test_the_sha256_of_the_file_can_be_demanded(sd1_models: tuple[Path, Path, Pa
     assert sha256 in wrong.problems[0].message
 
 
-@pytest.mark.parametrize("text", ["123456789", "x" * 64, "0" * 65, "0x12"])
+@pytest.mark.parametrize("text", ["123456789", "x" * 64, "0" * 65, "0x12", "", "0x", " "])
 def test_what_is_no_sha256_is_wrong_usage(sd1_models: tuple[Path, Path, Path], text: str) -> None:
     with pytest.raises(UsageError, match="not a sha256"):
         verify_source(sd1_models[0], sha256=text)
+
+
+def test_an_empty_family_is_wrong_usage(sd1_models: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(UsageError, match="no family"):
+        verify_source(sd1_models[0], expect="")
 
 
 def test_another_tools_wrong_hash_is_a_warning(tmp_path: Path) -> None:

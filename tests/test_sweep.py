@@ -29,7 +29,17 @@ from ckptools.errors import OutputError, UsageError
 from ckptools.recipe import load_recipe
 from ckptools.render import Pipeline, Request, draw, load_pipeline
 from ckptools.render.probes import usual_guidance
-from ckptools.sweep import Apart, Draws, SweepProgress, Swept, choose, draws_of, recipe_text, sweep
+from ckptools.sweep import (
+    Apart,
+    Draws,
+    SweepProgress,
+    Swept,
+    choose,
+    draws_of,
+    label,
+    recipe_text,
+    sweep,
+)
 from ckptools.variants import memory_for
 from ckptools.workflow import merge
 
@@ -435,6 +445,27 @@ def test_a_recipe_moves_with_its_paths(tmp_path: Path) -> None:
         ],
         "output": {"path": "../../out/o.safetensors", "dtype": "fp16"},
     }
+
+
+def test_a_recipe_moves_with_paths_that_are_aliases(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "ckptools: 1\nmodels: {A: &a a.safetensors, B: b.safetensors, C: *a}\n"
+        "params: {M: 1}\nmerge: A * (1 - M) + B * M\noutput: {path: o.safetensors}\n"
+    )
+
+    text = recipe_text(load_recipe(path), {"M": 0.5}, tmp_path / "far")
+
+    models = yaml.safe_load(text)["models"]
+    assert models == {"A": "../a.safetensors", "B": "../b.safetensors", "C": "../a.safetensors"}
+
+
+def test_variants_that_are_near_have_names_of_their_own() -> None:
+    numbers = [0.1, 0.1000001, 0.1000002, 1.0, 0.30000000000000004]
+
+    names = [label({"M": number}) for number in numbers]
+
+    assert names == ["M=0.1", "M=0.1000001", "M=0.1000002", "M=1", "M=0.3"]
 
 
 def test_memory_is_what_is_free_less_what_drawing_takes() -> None:

@@ -378,6 +378,56 @@ def test_a_part_that_has_another_name_too_is_left_alone(layout: Layout, tmp_path
     assert model.read_bytes() == layout.part.read_bytes() == b"dear"
 
 
+def test_a_file_that_appears_meanwhile_is_left_alone(layout: Layout) -> None:
+    """With hard links and without; and all parts are looked at before the first takes its name."""
+    layout.path.unlink()
+    other = whole_file(layout.path.with_name("other"), b"new")
+
+    with ExitStack() as stack:
+        parts = open_parts(stack, [other, layout], replaces=False)
+        layout.path.write_bytes(OLD)
+        with pytest.raises(OutputError, match="made by somebody else meanwhile"):
+            commit_parts(parts)
+    assert not other.path.exists()
+    assert_old_and_alone(layout)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_name_is_taken_in_one_step(
+    links: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object) -> None:
+        layout.path.write_bytes(OLD)
+        raise FileExistsError
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    layout.path.unlink()
+    with PartFile(layout, replaces=False) as part:
+        if not links:
+            monkeypatch.setattr(os, "link", missing)
+        part.commit()
+    assert layout.path.read_bytes() == layout.header + bytes(1000)
+    assert not layout.part.exists()
+
+    layout.path.unlink()
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(OutputError, match="meanwhile"), PartFile(layout, replaces=False) as part:
+        part.commit()
+    assert_old_and_alone(layout)
+
+
+def test_a_part_that_was_given_its_name_when_its_process_was_killed(layout: Layout) -> None:
+    os.link(layout.path, layout.part)
+
+    with PartFile(layout) as part:
+        assert layout.path.read_bytes() == OLD
+        part.commit()
+
+    assert layout.path.read_bytes() == layout.header + bytes(1000)
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_folder_beside_with_the_name_of_an_old_one_is_left_alone(
     tmp_path: Path, replaced: bool

@@ -107,7 +107,7 @@ def extract(
     with (
         open_model(first) as a,
         open_model(second) as b,
-        AdapterWriter(output, names=names, dtype=dtype) as writer,
+        AdapterWriter(output, names=names, dtype=dtype, replaces=force) as writer,
     ):
         _check_pair(a, b)
         run = _Run(a, b, writer, budget, with_diff, progress or Progress())
@@ -227,7 +227,10 @@ class _Run:
         parts: dict[str, Tensor] = {}
         rank: int | None = None
         changed = bool(delta.any())
-        if changed and _takes_low_rank(targets[0]):
+        is_protected = self.a.family.is_protected(targets[0].tensor)
+        if is_protected:  # a merge carries it, whatever adapters say
+            bias = None
+        elif changed and _takes_low_rank(targets[0]):
             up, down = decompose(delta.flatten(1), self.budget, name=module)
             rank = up.shape[1]
             ones = (1,) * (delta.dim() - 2)
@@ -243,6 +246,7 @@ class _Run:
         self.added += bool(parts)
         self.unchanged += not changed and (bias is None or not bool(bias.any()))
         why = "an embedding" if len(delta.shape) > 1 else "a vector"
+        why = "part of what the model is" if is_protected else why
         self._account(targets[0].tensor, delta, _weight_change(stored, delta), why)
         if bias is not None:
             self._account(targets[0].bias, bias, stored.get("diff_b"), "a bias")

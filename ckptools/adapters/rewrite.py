@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEPT_PARTS = ("dora_scale", "magnitude", "diff_b")
-_FULL_PARTS = ("diff", "diff_b")
 
 _ROUNDING = 1e-6  # of the terms' norms: far above doubles' rounding, far below any LoRA
 
@@ -116,7 +115,8 @@ class Factors:
 
 def is_low_rank(module: Module) -> bool:
     """Whether a module's change is up @ down (or Tucker's), and nothing else."""
-    return module.kind == "lora" and "up" in module.parts and "sparse_indices" not in module.parts
+    others = {"sparse_indices", "reshape_weight"} & module.parts.keys()
+    return module.kind == "lora" and "up" in module.parts and not others
 
 
 def factors_of(module: Module, parts: Mapping[str, Tensor], scale: float) -> Factors:
@@ -165,7 +165,7 @@ def resize(
         error = _Error()
         carried: list[tuple[str, str]] = []
         wanted = dtype or dtype_of(adapter.checkpoint)
-        with AdapterWriter(output, names=native, dtype=wanted) as writer:
+        with AdapterWriter(output, names=native, dtype=wanted, replaces=force) as writer:
             for module in adapter.file.modules.values():
                 if not _resize_module(adapter, module, writer, budget, error, same=dtype is None):
                     carried.append((module.name, kind_title(module)))
@@ -208,8 +208,7 @@ def _resize_module(
 def _carry(adapter: Adapter, module: Module, writer: AdapterWriter) -> None:
     rank = module.rank if load_kinds()[module.kind].scaled else None
     alpha = None if rank is None else adapter.scales[module.name] * rank
-    keys = list(module.parts.values())
-    writer.carry(adapter.checkpoint, module.name, keys, rank=rank, alpha=alpha)
+    writer.carry(adapter.checkpoint, module.name, module.parts, rank=rank, alpha=alpha)
 
 
 def _copy_embeddings(adapter: Adapter, writer: AdapterWriter) -> None:
@@ -286,7 +285,9 @@ def concatenate(
         chosen = _chosen_names(adapters, names, known)
         sums = _sums(adapters, weights, _Namer(chosen, known))
         wanted = dtype or _widest([dtype_of(adapter.checkpoint) for adapter in adapters])
-        writer = stack.enter_context(AdapterWriter(output, names=chosen, dtype=wanted))
+        writer = stack.enter_context(
+            AdapterWriter(output, names=chosen, dtype=wanted, replaces=force)
+        )
         error, carried = _Error(), []
         progress = progress or Progress()
         progress.start("merging", len(sums))
@@ -462,9 +463,10 @@ def _full_sum(name: str, items: _Sum) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for adapter, module, weight, place in items.items:
         parts = adapter.load(module)
-        for part in _FULL_PARTS:
+        scale = adapter.scales[module.name]
+        for part, factor in (("diff", scale * weight), ("diff_b", weight)):
             if part in parts:
-                value = _placed(parts[part].double() * weight, place)
+                value = _placed(parts[part].double() * factor, place)
                 if part in sums and sums[part].shape != value.shape:
                     raise InputError(
                         f"{part} is {list(sums[part].shape)} and {list(value.shape)}", where=name

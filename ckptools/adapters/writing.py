@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self
 
 from ckptools.checkpoint import Checkpoint
-from ckptools.errors import InputError, NonFiniteError, OutputError
-from ckptools.lora.group import CONFIG_KEY
+from ckptools.errors import InputError, NonFiniteError, OutputError, raise_all
+from ckptools.lora.group import CONFIG_KEY, PEFT_CONFIG
 from ckptools.lora.names import Scheme
+from ckptools.placement import Place
 from ckptools.tensors import RECIPE_DTYPES, TensorSpec, file_order
-from ckptools.writer import PartFile, lay_out, output_error, sync_folder
+from ckptools.writer import PartFile, lay_out, manifest_path, output_error, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,28 +92,33 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
         )
     if not output.parent.is_dir():
         raise OutputError(f"there is no folder {str(output.parent)!r}", fix="make it first")
-    if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
+    place = Place(output, (output,), tuple(inputs))
+    raise_all(list(place.problems(force=force, fix="use --force to replace it")))
+    if (output.parent / PEFT_CONFIG).exists():
         raise OutputError(
-            f"the output {str(output)!r} is one of the inputs", fix="write to another file"
+            f"{PEFT_CONFIG} lies there: its rank and alpha would be taken for this adapter's",
+            where=str(output.parent),
+            fix="write to another folder",
         )
-    if output.exists() and not force:
-        raise OutputError(f"the output {str(output)!r} exists", fix="use --force to replace it")
 
 
 class AdapterWriter:
     """Takes modules one by one; `finish` lays them out and gives the file its name.
 
-    dtype  of all weights, as recipes spell it ("fp16"). An alpha is always fp32.
+    dtype     of all weights, as recipes spell it ("fp16"). An alpha is always fp32.
+    replaces  whether a file of the output's name may be there, or appear meanwhile
     """
 
-    def __init__(self, output: Path, *, names: Names, dtype: str) -> None:
+    def __init__(self, output: Path, *, names: Names, dtype: str, replaces: bool) -> None:
         self.output = output
+        self._replaces = replaces
         self.names: Names = names
         self._dtype = RECIPE_DTYPES[dtype]
         self._specs: dict[str, tuple[TensorSpec, int]] = {}
         self._ranks: dict[str, int] = {}
         self._alphas: dict[str, float] = {}
         self._modules: set[str] = set()
+        self._parts: dict[str, frozenset[str]] = {}
         self._end = 0
         self._stack = ExitStack()
 
@@ -166,15 +172,25 @@ class AdapterWriter:
                 )
             self._append(TensorSpec(name, self._dtype, tuple(tensor.shape)), _bytes(stored[part]))
         self._count(module, rank, alpha)
+        self._parts[module] = frozenset(parts)
         return stored
 
     def carry(
-        self, source: Checkpoint, module: str, keys: Sequence[str], *, rank: int | None = None,
+        self,
+        source: Checkpoint,
+        module: str,
+        parts: Mapping[str, str],
+        *,
+        rank: int | None = None,
         alpha: float | None = None,
-    ) -> None:  # fmt: skip
-        """Copy tensors as they are, under their names; rank and alpha as for `add`."""
+    ) -> None:
+        """Copy tensors as they are, under their names; rank and alpha as for `add`.
+
+        parts  canonical part → tensor name
+        """
         self._count(module, rank, alpha, told=False)
-        for key in keys:
+        self._parts[module] = frozenset(parts)
+        for key in parts.values():
             self._append(source[key], source.read(key))
 
     def copy(self, source: Checkpoint, keys: Sequence[str]) -> None:
@@ -222,7 +238,7 @@ class AdapterWriter:
                 digest.update(chunk)
         entries = self._metadata(metadata, family, digest.hexdigest())
         layout = lay_out(specs, entries, self.output)
-        with PartFile(layout) as part:
+        with PartFile(layout, replaces=self._replaces) as part:
             for spec in layout.specs:
                 position = layout.starts[spec.name]
                 for chunk in self._chunks(spec):
@@ -231,6 +247,7 @@ class AdapterWriter:
             check_structure(layout.part, layout)
             part.sync()
             part.commit()
+        manifest_path(self.output).unlink(missing_ok=True)  # of the file that was replaced
         sync_folder(self.output.parent)
         return Written(
             output=self.output,
@@ -301,7 +318,14 @@ class AdapterWriter:
                 f"^{plain[m]}": self._alphas[m] for m in modules if self._alphas[m] != alpha
             },
             "target_modules": sorted(plain.values()),
+            **{key: True for key, part in _TOLD_PARTS.items() if part in self._held(modules)},
         }
+
+    def _held(self, modules: Sequence[str]) -> set[str]:
+        return {part for module in modules for part in self._parts[module]}
+
+
+_TOLD_PARTS = {"use_dora": "magnitude", "lora_bias": "bias"}  # which loaders must know of
 
 
 def _bytes(tensor: Tensor) -> memoryview:

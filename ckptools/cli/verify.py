@@ -19,8 +19,8 @@ def _reads_headers(parameters: Mapping[str, Any]) -> bool:
 @click.command(name="verify", cls=ModelCommand, by_headers=_reads_headers)
 @click.argument("sources", type=SOURCE, nargs=-1, required=True, metavar="SRC…")
 @click.option("--deep", is_flag=True, help="Read every value: NaN, Inf, zeros, range, hashes.")
-@click.option("--expect", default="", metavar="FAMILY", help="sd1, sdxl, sd1/inpainting, lora …")
-@click.option("--sha256", default="", metavar="HEX", help="Of the file; 10 digits or more.")
+@click.option("--expect", default=None, metavar="FAMILY", help="sd1, sdxl, sd1/inpainting, lora …")
+@click.option("--sha256", default=None, metavar="HEX", help="Of the file; 10 digits or more.")
 @click.option(
     "--recipe", type=click.Path(dir_okay=False, path_type=Path), default=None,
     help="Compute this merge again, writing nothing, and compare.",
@@ -31,8 +31,8 @@ def _reads_headers(parameters: Mapping[str, Any]) -> bool:
 def command(
     sources: tuple[Path, ...],
     deep: bool,
-    expect: str,
-    sha256: str,
+    expect: str | None,
+    sha256: str | None,
     recipe: Path | None,
     settings: Mapping[str, float],
     as_json: bool,
@@ -54,7 +54,7 @@ def command(
     from ckptools.soundness import verify_source
     from ckptools.workflow import default_threads
 
-    if len(sources) > 1 and (sha256 or recipe):
+    if len(sources) > 1 and (sha256 is not None or recipe):
         raise UsageError(
             "--sha256 and --recipe are about one file", fix="verify one file at a time"
         )

@@ -16,7 +16,14 @@ from typing import Any
 import yaml
 
 from ckptools.checkpoint import Checkpoint, file_sha256
-from ckptools.errors import CkptError, InputError, RecipeError, UsageError, raise_all
+from ckptools.errors import (
+    CkptError,
+    InputError,
+    OutputError,
+    RecipeError,
+    UsageError,
+    raise_all,
+)
 from ckptools.hub.remote import Hub, Progress
 from ckptools.hubref import HubRef, is_hub_text, is_safe_file, parse_hub_ref
 from ckptools.lora.group import PEFT_CONFIG
@@ -262,8 +269,15 @@ def lock_text(lock: Lock, recipe: Path) -> bytes:
 
 
 def write_lock(lock: Lock, recipe: Path) -> None:
-    """Put the lock beside its recipe, whole or not at all."""
-    layout = whole_file(lock_path(recipe), lock_text(lock, recipe))
+    """Put the lock beside its recipe, whole or not at all; only a lock is replaced."""
+    path = lock_path(recipe)
+    if path.exists() and b"ckptools-lock:" not in path.read_bytes()[:MAX_LOCK_BYTES]:
+        raise OutputError(
+            "this is in the lock's place, and no lock",
+            where=str(path),
+            fix="remove it, or give the recipe another name",
+        )
+    layout = whole_file(path, lock_text(lock, recipe))
     with PartFile(layout) as part:
         part.sync()
         part.commit()

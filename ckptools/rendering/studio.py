@@ -149,6 +149,7 @@ class _Studio:
         self._progress, self._cache = progress, Cache(order) if use_cache else None
         self.rows: tuple[Row, ...] = ()
         self.pictures: dict[tuple[str, int], Drawn] = {}
+        self._names: set[str] = set()
         self.notes: list[str] = []
         self.models: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
@@ -344,8 +345,7 @@ class _Studio:
         from ckptools.render.files import infotext, write_picture
 
         row = self.rows[number]
-        name = _file_word(f"{subject.label}--{row.name}{ending}")
-        path = self._folder / f"{name}.png"
+        path = self._free(_file_word(f"{subject.label}--{row.name}{ending}"))
         said = infotext(
             row.probe.prompt,
             row.probe.negative,
@@ -358,6 +358,15 @@ class _Studio:
             self.notes.append(f"{count} files of an earlier rendering were replaced")
         write_picture(drawn.pixels, path, {"parameters": said})
         return path
+
+    def _free(self, word: str) -> Path:
+        """A file of this rendering's own: words may be cut short, or differ in signs alone."""
+        name, number = word, 1
+        while name.casefold() in self._names:
+            number += 1
+            name = f"{word}-{number}"
+        self._names.add(name.casefold())
+        return self._folder / f"{name}.png"
 
 
 def _file_word(text: str) -> str:

@@ -25,6 +25,7 @@ from ckptools.convert_settings import Wanted, settings_of
 from ckptools.errors import (
     InputError,
     NonFiniteError,
+    NonFiniteSourceError,
     OutputError,
     UsageError,
     closest,
@@ -34,6 +35,7 @@ from ckptools.errors import (
 from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.folders import MAIN_COMPONENTS, SIDE_FILE, as_folder, is_diffusers_folder, renamed
 from ckptools.keymap import KeyMap, key_map, key_map_ids
+from ckptools.known import incomplete_parts
 from ckptools.manifest import (
     HASH_KEY,
     HASH_PLACEHOLDER,
@@ -272,6 +274,12 @@ class _Planner:
         components = sorted({self._component_of(name) for name in names})
         self._check_components(components)
         self._check_codes()
+        self.warnings += [
+            f"the {component} is incomplete: it lacks {len(lacking):,} tensors, such as "
+            f"{lacking[0]}"
+            for component, lacking in incomplete_parts(self.detection, self.checkpoint).items()
+            if self.request.component in ("", component)
+        ]
         if self.request.component:
             names = {
                 n: o for n, o in names.items() if self._component_of(n) == self.request.component
@@ -713,6 +721,9 @@ def _named(component: str) -> Iterator[None]:
     """Say what to do about NaN, Inf and overflow in a conversion's own words."""
     try:
         yield
+    except NonFiniteSourceError as exc:
+        exc.fix = "get a sound copy of it, or accept such values with --allow-nonfinite"
+        raise
     except NonFiniteError as exc:
         part = f"{component}=" if component else "COMPONENT="
         exc.fix = (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ckptools.codec import count_nonfinite
-from ckptools.errors import NonFiniteError
+from ckptools.errors import NonFiniteError, NonFiniteSourceError
 from ckptools.plain import PlainEvaluator, is_plain, needs_torch
 from ckptools.program import Compute, Copy, PositionIds, Program, Read, Widen, reads_of
 from ckptools.tensors import DTYPES, TensorSpec
@@ -326,7 +326,7 @@ class Engine:
             if bad:
                 label = self._labels[read.source]
                 named = f" in {read.name!r}" if read.name != spec.name else ""
-                return NonFiniteError(
+                return NonFiniteSourceError(
                     f"{label} has {bad:,} NaN or Inf of {read.spec.numel:,} values{named}",
                     where=spec.name,
                     fix=f"use a sound copy of {label}, or set `allow_nonfinite: true`",

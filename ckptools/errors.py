@@ -92,6 +92,10 @@ class NonFiniteError(CkptError):
     exit_code = 1
 
 
+class NonFiniteSourceError(NonFiniteError):
+    """NaN or Inf that an input holds already."""
+
+
 class VerificationError(CkptError):
     """The file that was written differs from the plan."""
 

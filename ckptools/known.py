@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ckptools.family import Detection, load_families
+from ckptools.family import Detection, family_of, load_families
 
 _LISTS = Path(__file__).parent / "families" / "tensors"
 
@@ -52,6 +52,19 @@ def missing_of(known: Mapping[str, Known], present: Collection[str]) -> tuple[st
     return tuple(
         sorted(name for name, one in known.items() if name not in present and not one.may_lack)
     )
+
+
+def incomplete_parts(detection: Detection, names: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+    """Component -> what loaders need of it and the file lacks; for those that are there in part."""
+    family = family_of(detection)
+    own = {family.canonical_name(name) for name in names}
+    held = {family.component_of(name) for name in own} - {"other"}
+    lacking: dict[str, tuple[str, ...]] = {}
+    for name in missing_of(known_tensors(detection, own), own):
+        component = family.component_of(name)
+        if component in held:
+            lacking[component] = (*lacking.get(component, ()), name)
+    return lacking
 
 
 @cache

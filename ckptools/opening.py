@@ -241,6 +241,8 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
             )
         config = json_beside(checkpoint.path, PEFT_CONFIG) or {}
         adapter = group(checkpoint, checkpoint.metadata, config=config)
+        if not adapter.modules:
+            raise InputError("there is no adapter in this file", fix="leave it out")
     except BaseException:
         checkpoint.close()
         raise

@@ -39,7 +39,8 @@ class Place:
 
     def problems(self, *, force: bool, fix: str) -> Iterator[OutputError]:
         """What stands in the way. force: what is there may be replaced; fix: how to say so."""
-        for part in map(part_path, (*self.files, manifest_path(self.output))):
+        written = (*self.files, manifest_path(self.output))
+        for part in map(part_path, written):
             if self._is_input(part):
                 yield OutputError(
                     f"{os.path.normpath(part)!r}, where the output lies until it is whole, is one "
@@ -49,7 +50,7 @@ class Place:
         in_the_way = manifest_problem(self.output, force=force)
         if in_the_way:
             yield in_the_way
-        read = [path for path in self.files if self._is_input(path)]
+        read = [path for path in written if self._is_input(path)]
         there = [path for path in self.files if os.path.lexists(path) and path not in read]
         folders = [path for path in there if path.is_dir()] if force else []
         for paths, what, way in (
@@ -106,7 +107,8 @@ def place_of(plan: Plan) -> Place:
 def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     """What stands in the way of a plan's files. force: what is there may be replaced."""
     where = plan.recipe.output.where
-    fix = "use --force, or `overwrite: true`, to replace it"
+    is_recipes = where != "--output"  # of which the recipe's `overwrite` speaks
+    fix = f"use --force{', or `overwrite: true`,' if is_recipes else ''} to replace it"
     for problem in place_of(plan).problems(force=force, fix=fix):
         yield problem.at(where)
     folder = existing_folder(plan.recipe.output_path.parent)

@@ -42,7 +42,7 @@ from ckptools.formula import (
     used_names,
 )
 from ckptools.keymap import key_map_ids
-from ckptools.known import Known, known_tensors, missing_of
+from ckptools.known import Known, incomplete_parts, known_tensors, missing_of
 from ckptools.lora.group import AdapterFile, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
@@ -345,7 +345,8 @@ class _Planner:
         by_name = {step.spec.name: step for step in steps}
         shards = split_shards([step.spec for step in steps], recipe.output.shard_bytes)
         paths = shard_paths(recipe.output_path, len(shards))
-        self._check_strict(steps)
+        dropped = self._dropped(names)
+        self._check_strict(steps, dropped)
         plan = Plan(
             recipe=recipe,
             sources=self.sources,
@@ -356,7 +357,7 @@ class _Planner:
             shards=tuple((path, tuple(shard)) for path, shard in zip(paths, shards, strict=True)),
             warnings=(),
             notes=(),
-            dropped=self._dropped(names),
+            dropped=dropped,
             threads=threads,
             bakings=tuple(self.bakings.values()),
         )
@@ -843,13 +844,11 @@ class _Planner:
     def _formed(self, name: str, spec: TensorSpec, form: Linear, own: Read) -> Step:
         self._formed_by[form] += 1
         if form.is_difference:
-            self.errors.append(
-                RecipeError(
-                    f"with these numbers the formula is {form}: a difference, not a model",
-                    where=spec.name,
-                    fix="check the parameters",
-                )
+            error = RecipeError(
+                f"with these numbers the formula is {form}: a difference, not a model",
+                where=self.recipe.merge.where,
             )
+            self._bad_numbers.setdefault(str(error), (error, []))[1].append(name)
             return _bare(spec, "merged", Copy(own), "")
         models = form.models
         reads = [self._read(self.by_name[model], name) for model in models]
@@ -996,7 +995,7 @@ class _Planner:
 
     # --- what there is to say ---
 
-    def _check_strict(self, steps: Iterable[Step]) -> None:
+    def _check_strict(self, steps: Iterable[Step], dropped: Mapping[str, Sequence[str]]) -> None:
         if not self.recipe.strict:
             return
         for step in steps:
@@ -1008,6 +1007,15 @@ class _Planner:
                         fix="use a complete model, or leave out `strict: true`",
                     )
                 )
+        self.errors += [
+            InputError(
+                f"strict: {self.base.name} lacks {len(names):,} tensors of {model}, such as "
+                f"{names[0]}",
+                where=self.base.ref.where,
+                fix="use a complete model, or leave out `strict: true`",
+            )
+            for model, names in dropped.items()
+        ]
         self.errors = grouped(self.errors)
 
     def _variant(self) -> str | None:
@@ -1040,6 +1048,12 @@ class _Planner:
                 f"{len(names):,} tensors of {model} are left out, {plan.base.name} lacks them: "
                 f"{parts}"
             )
+        for component, lacking in incomplete_parts(self.base.detection, self.base.names).items():
+            if component not in self.recipe.take:
+                self.warnings.append(
+                    f"{self.base.name} is incomplete, and so is the result: its {component} lacks "
+                    f"{len(lacking):,} tensors, such as {lacking[0]}"
+                )
         for source in self.sources:
             if source.doubles:
                 left, kept = source.doubles[0]

@@ -328,7 +328,23 @@ def _manifest(path: Path) -> dict[str, Any]:
         document = json.loads(single.read_bytes())
     except (OSError, ValueError):
         return {}
-    return document if isinstance(document, dict) and document.get("recipe") else {}
+    if not isinstance(document, dict) or not document.get("recipe"):
+        return {}
+    _check_manifest(document, single)
+    return document
+
+
+def _check_manifest(document: Mapping[str, Any], path: Path) -> None:
+    """What a card takes from it has the types that a merge writes."""
+    try:
+        for one in document.get("inputs", []):
+            _ = str(one["name"]), str(one["file"]), int(one.get("bytes", 0))
+        dict(document["recipe"]["models"])
+    except (TypeError, ValueError, KeyError, AttributeError) as exc:
+        raise InputError(
+            "this is no manifest of a merge any more", where=str(path),
+            fix="merge again; `ckptools verify` tells what it says of the file",
+        ) from exc  # fmt: skip
 
 
 def _beside(path: Path, manifest: Mapping[str, Any]) -> list[Upload]:

@@ -441,6 +441,9 @@ def merge_json(result: MergeResult) -> dict[str, object]:
     }
 
 
+_MOST_NOTES = 8
+
+
 def show_merge(result: MergeResult) -> None:
     """What was done, in five lines."""
     counts = result.plan.counts
@@ -453,6 +456,10 @@ def show_merge(result: MergeResult) -> None:
     )
     show_line(f"  sha256 of the data: {result.sha256_data}")
     show_line(f"  manifest: {shown_path(result.manifest)}")
+    for note in result.notes[:_MOST_NOTES]:
+        show_line(f"  note: {note}")
+    if result.notes[_MOST_NOTES:]:
+        show_line(f"  … and {len(result.notes) - _MOST_NOTES:,} more (--json lists them)")
     peak = f", peak memory {gigabytes(result.peak_bytes)}" if result.peak_bytes else ""
     show_line(f"  {result.seconds:.1f} s{peak}")
 

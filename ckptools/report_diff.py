@@ -154,7 +154,7 @@ def _show_fits(found: Difference) -> None:
 def check_html(path: Path) -> None:
     """Raise `OutputError` where no page can be written, before the models are read.
 
-    A page is replaced, any other file is not: it may be one of the models.
+    A page of ours is replaced, any other file is not: it may be one of the models.
     """
     if not path.absolute().parent.is_dir():
         raise OutputError(
@@ -162,10 +162,12 @@ def check_html(path: Path) -> None:
         )
     if path.is_file():
         with path.open("rb") as stream:
-            begin = stream.read(64).lstrip().lower()
-        if begin and not begin.startswith((b"<!doctype html", b"<html")):
+            begin = stream.read(1024)
+        if begin and b"<title>ckptools" not in begin:
             raise OutputError(
-                f"{str(path)!r} exists, and is no page", where="--html", fix="give another name"
+                f"{str(path)!r} exists, and is no page of `ckptools diff`",
+                where="--html",
+                fix="give another name",
             )
 
 

@@ -373,7 +373,9 @@ def _show_lineage(found: Inspection) -> None:
         show_line(f"manifest: {manifest.path.name} cannot be read: {manifest.problem}")
     elif manifest.is_of_this_file:
         versions = ", ".join(f"{name} {text}" for name, text in manifest.versions.items())
-        show_line(f"manifest: {manifest.path.name}, of this very file ({_short(versions)})")
+        show_line(
+            f"manifest: {manifest.path.name}, of a file with this header ({_short(versions)})"
+        )
     else:
         show_line(f"manifest: {manifest.path.name} is of another file: their headers differ")
 

@@ -25,7 +25,7 @@ from ckptools.errors import (
     UsageError,
     nearest,
 )
-from ckptools.family import KINDS, Detection, detect, family_of, load_families
+from ckptools.family import KINDS, Detection, detect, load_families
 from ckptools.hashing import (
     Lane,
     Progress,
@@ -35,7 +35,7 @@ from ckptools.hashing import (
     stream_file,
 )
 from ckptools.hub import look
-from ckptools.known import known_tensors, missing_of
+from ckptools.known import incomplete_parts
 from ckptools.manifest import HASH_KEY, embedded_metadata, with_hash
 from ckptools.plan import Plan
 from ckptools.progress import Progress as MergeProgress
@@ -251,15 +251,7 @@ def _check_whole(
     checkpoint: Checkpoint, detection: Detection, found: _Findings, *, is_asked: bool
 ) -> None:
     """A component that is there in part: a warning, a problem where a family is asked for."""
-    family = family_of(detection)
-    own = {family.canonical_name(name) for name in checkpoint}
-    held = {family.component_of(name) for name in own}
-    lacking: dict[str, list[str]] = {}
-    for name in missing_of(known_tensors(detection, own), own):
-        component = family.component_of(name)
-        if component in held - {"other"}:
-            lacking.setdefault(component, []).append(name)
-    for component, names in lacking.items():
+    for component, names in incomplete_parts(detection, checkpoint).items():
         message = f"{component} lacks {len(names):,} tensors, such as {names[0]}"
         (found.problems if is_asked else found.warnings).append(Problem("incomplete", message))
 

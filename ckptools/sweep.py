@@ -374,8 +374,10 @@ class _Run:
             if not self.drawn:
                 raise
             if not self.parents:
-                kept = f"{len(self.drawn)} of {self.total} pictures are kept in {self.folder}"
-                raise Interrupted(f"interrupted; {kept}, without a report") from exc
+                self._remove_drawn()
+                raise Interrupted(
+                    "interrupted before one model was drawn whole; its pictures are removed"
+                ) from exc
             interrupted = True
             if self.draws.scores is not None and not self.seen:
                 self.notes.append("interrupted: the pictures are not scored")
@@ -395,6 +397,14 @@ class _Run:
             drawn=tuple(self.drawn),
             interrupted=interrupted,
         )
+
+    def _remove_drawn(self) -> None:
+        """A report makes pictures a result: without one they would be in the next sweep's way."""
+        with suppress(OSError):
+            for path in self.drawn:
+                path.unlink(missing_ok=True)
+            (self.folder / "images").rmdir()
+            self.folder.rmdir()
 
     def _run(self, memory_bytes: int | None) -> None:
         from ckptools.render.loader import choose_device, free_memory_bytes

@@ -482,11 +482,33 @@ def _open_locked(part: Path) -> int:
                         f"{str(part)!r} is in the way: a file with other names, too",
                         fix="remove it, or write elsewhere",
                     )
+                if not _is_ours(number):
+                    raise OutputError(
+                        f"{str(part)!r} is in the way, and nothing that ckptools left",
+                        fix="remove it, or write elsewhere",
+                    )
                 return number
         except BaseException:
             os.close(number)
             raise
         os.close(number)
+
+
+def _is_ours(number: int) -> bool:
+    """Whether a part is one that a killed process may have left, by how it begins.
+
+    It is empty, or zeros where its header was yet to come; a header that names ckptools; or the
+    text of an index, a manifest, a lock or a page.
+    """
+    begin = os.pread(number, _SNIFFED, 0) if hasattr(os, "pread") else b""
+    return (
+        not begin.strip(b"\0")
+        or _MARK in begin
+        or begin.startswith((b"{\n", b"# The files that", b"<!doctype html"))
+    )
+
+
+_MARK, _SNIFFED = b"ckptools", 1 << 20
 
 
 def _reserve(number: int, nbytes: int) -> None:

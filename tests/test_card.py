@@ -276,6 +276,19 @@ def test_the_card_command_prints_it_alone(lone: Path, capsys: pytest.CaptureFixt
     assert shown.err == ""
 
 
+@pytest.mark.parametrize(
+    "inputs", [None, [{"name": "A"}], [{"name": "A", "file": "a", "bytes": "x"}]]
+)
+def test_a_damaged_manifest_is_an_error(
+    inputs: object, lone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"schema": "x", "recipe": {"models": {"A": {"path": "a"}}}, "inputs": inputs}
+    lone.with_name(f"{lone.name}.ckptools.json").write_text(json.dumps(document))
+
+    assert run(["card", str(lone)]) in (1, 2)
+    assert "error: " in capsys.readouterr().err
+
+
 def test_the_card_command_tells_the_licence_as_json(
     lone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

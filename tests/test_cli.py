@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import shrunk, write_model, write_tensors
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ckptools import report, workflow
 from ckptools.checkpoint import read_header
@@ -472,6 +473,36 @@ def test_an_interruption_while_modules_are_loaded() -> None:
 
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted; nothing was left behind\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_streams_that_the_shell_has_closed(recipe: Path, closed: str) -> None:
+    """No traceback; and no model opened under a closed one's number, to be written into."""
+    before = {path: path.read_bytes() for path in recipe.parent.glob("*.safetensors")}
+    words = f"{sys.executable} -m ckptools merge {recipe} {closed}"
+
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert (recipe.parent / "out.safetensors").stat().st_size > 1_000_000
+
+
+def test_values_that_are_accepted_are_told(recipe: Path, capsys: Captured) -> None:
+    a = Path(re.findall("A: (.*)", recipe.read_text())[0])
+    values = load_file(a)
+    name = "model.diffusion_model.out.2.bias"
+    values[name] = values[name] * float("nan")
+    bad = write_tensors(recipe.parent / "nan.safetensors", values)
+    text = recipe.read_text().replace(f"A: {a}", f"A: {bad}")
+    recipe.write_text(f"{text}allow_nonfinite: true\n")
+
+    assert run(["merge", str(recipe)]) == 0
+    assert f"note: {name}: " in " ".join(capsys.readouterr().out.split())
+    assert run(["convert", str(bad), str(recipe.parent / "c.safetensors"), "--dtype", "fp32"]) == 1
+    assert "get a sound copy of it" in capsys.readouterr().err
 
 
 # Ctrl-C in a callback that Python calls by itself, where it drops what is raised.

@@ -136,6 +136,21 @@ def test_shards_that_are_read_are_not_written_over(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.glob("x*")} == before
 
 
+def test_a_model_that_lacks_a_tensor_is_told(sd1: Path, tmp_path: Path) -> None:
+    values = load_file(sd1)
+    del values["model.diffusion_model.out.2.bias"]
+    part = write_tensors(tmp_path / "part.safetensors", values)
+
+    with planned(Request(part, tmp_path / "x.safetensors")) as conversion:
+        (warning,) = conversion.warnings
+    with planned(Request(sd1, tmp_path / "x.safetensors")) as conversion:
+        assert conversion.warnings == ()
+
+    assert warning == (
+        "the unet is incomplete: it lacks 1 tensors, such as model.diffusion_model.out.2.bias"
+    )
+
+
 def test_the_same_bytes_every_time(sd1: Path, tmp_path: Path) -> None:
     outputs = [tmp_path / "1" / "x.safetensors", tmp_path / "2" / "x.safetensors"]
     for output, threads in zip(outputs, (1, 4), strict=True):

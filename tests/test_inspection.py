@@ -473,7 +473,9 @@ def test_a_merge_shows_its_parents_and_theirs(
         "├─ B: B.safetensors", "└─ C: C.safetensors",
     ]  # fmt: skip
     assert "= B * 0.5 + C * 0.5" in lines[start + 3]
-    assert "manifest: second.safetensors.ckptools.json, of this very file (ckptools" in text
+    assert (
+        "manifest: second.safetensors.ckptools.json, of a file with this header (ckptools" in text
+    )
     assert "written by: ckptools" in text
 
 

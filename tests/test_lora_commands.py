@@ -519,6 +519,25 @@ def test_what_merges_carry_is_not_extracted(tmp_path: Path) -> None:
     )
 
 
+def test_nan_in_an_adapter_is_told(sd1: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "nan.safetensors"
+    extracted(sd1, path, budget=Budget(rank=4))
+    held = load_file(path)
+    name = next(name for name in held if name.endswith("lora_up.weight"))
+    write_tensors(path, held | {name: held[name] * math.nan})
+
+    for words in (
+        ["check", str(path), "--against", str(sd1 / "A.safetensors"), "--json"],
+        ["resize", str(path), "-o", str(tmp_path / "x.safetensors"), "--rank", "2", "--json"],
+        ["merge", str(path), str(path), "-o", str(tmp_path / "x.safetensors"), "--json"],
+    ):
+        assert run(["lora", *words]) == 1
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert error["message"] == "up holds NaN or Inf"
+        assert name in error["where"]
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_merging_may_recompress(sd1: Path, tmp_path: Path) -> None:
     one, two = two_loras(sd1, tmp_path)
     done = concatenate([one, two], tmp_path / "both.safetensors", budget=Budget(rank=6))

@@ -319,7 +319,7 @@ def test_an_earlier_sweep_is_replaced_as_a_whole(
     assert "7 files of an earlier sweep were replaced" in report(out)["notes"]
 
 
-def test_a_sweep_stopped_in_its_first_model_keeps_its_pictures_and_says_so(
+def test_a_sweep_stopped_in_its_first_model_removes_its_pictures_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = write_sweep(tmp_path)
@@ -327,8 +327,8 @@ def test_a_sweep_stopped_in_its_first_model_keeps_its_pictures_and_says_so(
 
     assert run([*words, "--seed", "2", "--set", "M=0,1"]) == 130
 
-    assert "interrupted; 1 of 8 pictures are kept" in capsys.readouterr().err
-    assert names(tmp_path / "s") == {"images/A-p1-s1.png"}
+    assert "interrupted before one model was drawn whole" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_sweep_whose_best_cannot_be_merged_is_reported_all_the_same(

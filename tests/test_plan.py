@@ -282,8 +282,11 @@ def test_numbers_that_leave_a_method_s_bounds_are_refused_where_they_hold(
 def test_numbers_that_leave_no_model_are_refused(abc: dict[str, Path], planned: Planned) -> None:
     found = errors_of(lambda: planned(abc, "A * M", "params: {M: {default: 1, vae: 0}}"))
 
-    assert found[0].what == "with these numbers the formula is 0: a difference, not a model"
-    assert found[0].where.startswith(VAE)
+    (error,) = found
+    assert error.what == "with these numbers the formula is 0: a difference, not a model"
+    assert error.where.endswith("recipe.yaml:6")
+    assert error.fix.startswith(f"for 248 tensors, such as {VAE}")
+    assert error.fix.endswith("recipe.yaml:7)")
 
 
 def test_an_unknown_compat_is_refused_whether_or_not_blocks_are_used(
@@ -861,6 +864,28 @@ def test_a_model_whose_coefficient_is_zero_need_not_have_the_tensor(
     assert {step.action for step in plan.steps if step.component == "vae"} == {"copied"}
 
 
+def test_an_incomplete_base_is_told(abc: dict[str, Path], planned: Planned, tmp_path: Path) -> None:
+    values = load_file(abc["A"])
+    del values[f"{UNET}out.2.bias"]
+    part = write_tensors(tmp_path / "part.safetensors", values)
+
+    plan = planned({**abc, "X": part}, "X * 0.5 + B * 0.5")
+
+    assert plan.warnings[-1] == (
+        f"X is incomplete, and so is the result: its unet lacks 1 tensors, such as {UNET}out.2.bias"
+    )
+
+
+def test_an_adapter_file_without_modules_is_refused(
+    abc: dict[str, Path], planned: Planned, tmp_path: Path
+) -> None:
+    empty = write_tensors(tmp_path / "L.safetensors", {})
+
+    error = only_error(lambda: planned(abc, "A", f"loras: [{{path: {empty}, weight: 1}}]"))
+
+    assert error.what == "adapter 'loras[0]': there is no adapter in this file"
+
+
 def test_strict_makes_carries_errors(
     abc: dict[str, Path], shared: dict[str, Path], planned: Planned
 ) -> None:
@@ -870,6 +895,10 @@ def test_strict_makes_carries_errors(
     fine = planned(abc, "A * 0.5 + B * 0.5", "strict: true")
 
     assert found[0].what == "strict: X lacks it"
+    (lacking,) = errors_of(
+        lambda: planned({**abc, "X": shared["no-vae"]}, "X * 0.5 + A * 0.5", "strict: true")
+    )
+    assert lacking.what.startswith("strict: X lacks 248 tensors of A, such as first_stage_model.")
     assert found[0].where.startswith(VAE)
     assert found[-1].what == "and 240 more tensors with the same kind of error"
     assert fine.counts["carried"] == 1  # position ids: never averaged, nothing is lacking

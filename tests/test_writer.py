@@ -329,12 +329,24 @@ def test_a_part_is_removed_when_opening_it_fails_half_way(
 
 
 def test_a_part_that_a_killed_process_left_is_taken_over(layout: Layout) -> None:
-    layout.part.write_bytes(b"rubbish" * 1000)  # longer than the file will be
+    for left in (b"", bytes(900), bytes(5000), b'{"ckptools.recipe": "' * 1000, b"{\n "):
+        layout.part.write_bytes(left)  # some are longer than the file will be
 
-    with PartFile(layout) as part:
-        part.commit()
+        with PartFile(layout) as part:
+            part.commit()
 
-    assert layout.path.read_bytes() == layout.header + bytes(1000)
+        assert layout.path.read_bytes() == layout.header + bytes(1000)
+
+
+def test_a_part_of_somebody_else_is_left_alone(layout: Layout) -> None:
+    """As a browser's unfinished download of the same name."""
+    layout.part.write_bytes(b"half a model" * 1000)
+
+    with pytest.raises(OutputError, match="is in the way, and nothing that ckptools left"):
+        PartFile(layout).__enter__()
+
+    assert layout.part.read_bytes() == b"half a model" * 1000
+    assert layout.path.read_bytes() == OLD
 
 
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="no O_NOFOLLOW")

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import Checkpoint, json_beside, read_json_object
-from ckptools.errors import InputError
+from ckptools.errors import InputError, NonFiniteError
 from ckptools.family import Detection, Family, detect, family_of, kind_words
 from ckptools.hubref import hub_ref_of, shown
 from ckptools.keymap import key_map, key_map_ids
@@ -79,8 +79,18 @@ class Adapter:
         return self.detection.layout or "full-name"
 
     def load(self, module: Module) -> dict[str, Tensor]:
-        """A module's tensors, as stored: canonical part → tensor."""
-        return {part: load(self.checkpoint, key) for part, key in module.arrays.items()}
+        """A module's tensors, as stored: canonical part → tensor; all of them finite."""
+        import torch
+
+        parts = {part: load(self.checkpoint, key) for part, key in module.arrays.items()}
+        for part, tensor in parts.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                raise NonFiniteError(
+                    f"{part} holds NaN or Inf",
+                    where=f"{self.path.name}: {module.parts[part]}",
+                    fix="the file is damaged; download it again, or ask its author",
+                )
+        return parts
 
 
 @dataclass(frozen=True, eq=False)

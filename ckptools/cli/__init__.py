@@ -11,6 +11,7 @@ import errno
 import gc
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -97,6 +98,7 @@ _OS_FIXES = {
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     gc.set_threshold(*_COLLECT_RARELY)
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a table in a locale that has no such letters
     for number in _TERMINATING:
@@ -107,6 +109,20 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)  # it is done; its exit code should say so
     gc.freeze()  # the end of the process frees torch's objects faster than the collector
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Where a shell has closed stdin, stdout or stderr (`>&-`), give them the null device.
+
+    A model that is opened would get the number of the closed one, and be written to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
 
 
 def run(arguments: list[str]) -> int:

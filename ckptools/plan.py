@@ -380,11 +380,14 @@ class _Planner:
         }
         if len(set(known.values())) > 1:
             parts = [f"{name} is {self.by_name[name].title}" for name in known]
+            kinds = {name: self.by_name[name].detection.kind for name in known}
+            lone = [name for name, kind in kinds.items() if kind in ("vae", "text_encoder")]
+            fix = f"`take: {{{kinds[lone[0]]}: {lone[0]}}}` takes it as it is" if lone else ""
             self.errors.append(
                 InputError(
                     f"models of different families cannot be merged: {', '.join(parts)}",
                     where=self.recipe.merge.where,
-                    fix="use models of one family",
+                    fix=fix or "use models of one family",
                 )
             )
         self._check_predictions(involved)

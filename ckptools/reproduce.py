@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from ckptools.progress import Progress
 from ckptools.recipe import ModelRef, Recipe, parse_recipe
 from ckptools.sources import open_checkpoint
 from ckptools.workflow import MergeResult, merge
-from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX
+from ckptools.writer import MANIFEST_SCHEMA, MANIFEST_SUFFIX, made_folder
 
 MAX_MANIFEST_BYTES = 16_000_000
 _COMPARED = 1 << 20
@@ -399,12 +399,14 @@ def _notes(manifest: _Manifest, outputs: Sequence[Output]) -> Iterator[str]:
 @contextmanager
 def _folder_for(output: Path | None) -> Iterator[Path]:
     """A folder to merge into: on the disk that the result is to stay on."""
-    if output is not None:
-        if output.exists() and not output.is_dir():
-            raise OutputError(f"{str(output)!r} is not a folder", fix="give a folder")
-        output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".ckptools-", dir=output) as folder:
-        yield Path(folder)
+    if output is not None and output.exists() and not output.is_dir():
+        raise OutputError(f"{str(output)!r} is not a folder", fix="give a folder")
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(made_folder(output))
+        yield Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=".ckptools-", dir=output))
+        )
 
 
 def _keep(done: MergeResult, folder: Path) -> None:

@@ -448,7 +448,8 @@ def test_output_that_goes_to_a_full_disk_is_an_error_without_traceback(
 
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {os.strerror(errno.ENOSPC)}\n  fix: free some space, or write to another disk\n"
+        f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
+        "  fix: free some space, or write to another disk\n"
     )
 
 

@@ -150,7 +150,8 @@ def run(arguments: list[str]) -> int:
         return 0
     except OSError as exc:  # a disk that fails, a name that is too long
         fix = _OS_FIXES.get(exc.errno or 0, "")
-        error = CkptError(exc.strerror or str(exc), where=str(exc.filename or ""), fix=fix)
+        where = exc.filename or ("standard output" if exc.errno == errno.ENOSPC else "")
+        error = CkptError(exc.strerror or str(exc), where=str(where), fix=fix)
         return _show(error, command, as_json=as_json)
     return result if isinstance(result, int) else 0
 

@@ -11,10 +11,10 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptools.errors import OutputError
 from ckptools.manifest import version
 from ckptools.rendering.records import SCHEMA, Drawn, Rendering, Score, Subject
 from ckptools.rendering.scoring import mean_scores
+from ckptools.writer import PartFile, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,7 +253,6 @@ def _page_data(rendering: Rendering) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
+    """Write a file whole, or leave the one that is there."""
+    with PartFile(whole_file(path, text.encode())) as part:
+        part.commit()

@@ -93,6 +93,19 @@ def test_a_lock_names_every_file_by_commit_sha256_and_size(
     ]  # fmt: skip
 
 
+def test_a_file_that_is_no_lock_is_left_alone(
+    hub: LoopbackHub, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock_of(recipe).write_text("my notes")
+
+    assert run(["lock", str(recipe)]) == 2
+    assert "in the lock's place, and no lock" in capsys.readouterr().err
+    assert lock_of(recipe).read_text() == "my notes"
+    lock_of(recipe).unlink()
+    for _ in range(2):
+        assert run(["lock", str(recipe), "-q"]) == 0
+
+
 def test_a_locked_merge_stays_with_its_commit_when_the_branch_moves(
     hub: LoopbackHub, recipe: Path, sd1_models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:

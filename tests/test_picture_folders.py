@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,20 @@ def names(folder: Path) -> set[str]:
 
 def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
+
+
+def test_pictures_whose_names_would_be_the_same_are_kept_apart(tmp_path: Path) -> None:
+    """Signs become "-", and long names are cut."""
+    models = [tmp_path / "x y.safetensors", tmp_path / "x-y.safetensors"]
+    for model in models:
+        shutil.copy(C, model)
+    words = ["--prompt", "a red circle", "--seed", "1", "--seed", "2"]
+
+    assert run(["render", *map(str, models), *words, *FEW, "-o", str(tmp_path / "s"), "-q"]) == 0
+
+    files = [image["file"] for image in report(tmp_path / "s")["images"]]
+    assert len(files) == len({file.casefold() for file in files}) == 4
+    assert all((tmp_path / "s" / file).is_file() for file in files)
 
 
 # --- whose a folder is --------------------------------------------------------------------------

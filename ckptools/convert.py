@@ -248,8 +248,7 @@ def planned(request: Request) -> Iterator[Conversion]:
         _check_output(request, target, checkpoint)
         conversion = _Planner(request, target, checkpoint).plan()
         if target == "single":
-            fix = "use --force to replace it"
-            raise_all(list(_place_of(conversion).problems(force=request.force, fix=fix)))
+            raise_all(list(_place_of(conversion).problems(force=request.force)))
         _check_space(conversion)
         yield conversion
         conversion.close()

@@ -37,8 +37,8 @@ class Place:
         """Where the same output lies in one file, for shards; the shards' index, for one file."""
         return index_path(self.output) if len(self.files) == 1 else self.output
 
-    def problems(self, *, force: bool, fix: str) -> Iterator[OutputError]:
-        """What stands in the way. force: what is there may be replaced; fix: how to say so."""
+    def problems(self, *, force: bool, ways: str = "--force") -> Iterator[OutputError]:
+        """What stands in the way. force: what is there may be replaced; ways: how to say so."""
         written = (*self.files, manifest_path(self.output))
         for part in map(part_path, written):
             if self._is_input(part):
@@ -55,7 +55,7 @@ class Place:
         folders = [path for path in there if path.is_dir()] if force else []
         for paths, what, way in (
             (read, "is one of the inputs", "write to another file"),
-            ([] if force else there, "exists", fix),
+            ([] if force else there, "exists", f"use {ways} to replace it"),
             (folders, "is a folder", "write to another file"),
         ):
             if paths:  # of many shards, the first stands for all
@@ -104,12 +104,16 @@ def place_of(plan: Plan) -> Place:
     return Place(plan.recipe.output_path, tuple(plan.outputs), tuple(inputs))
 
 
+def ways_to_replace(plan: Plan) -> str:
+    """How a plan's output may be replaced: the recipe's `overwrite` speaks of its own alone."""
+    is_recipes = plan.recipe.output.where != "--output"
+    return "--force, or `overwrite: true`," if is_recipes else "--force"
+
+
 def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     """What stands in the way of a plan's files. force: what is there may be replaced."""
     where = plan.recipe.output.where
-    is_recipes = where != "--output"  # of which the recipe's `overwrite` speaks
-    fix = f"use --force{', or `overwrite: true`,' if is_recipes else ''} to replace it"
-    for problem in place_of(plan).problems(force=force, fix=fix):
+    for problem in place_of(plan).problems(force=force, ways=ways_to_replace(plan)):
         yield problem.at(where)
     folder = existing_folder(plan.recipe.output_path.parent)
     if not folder.is_dir():

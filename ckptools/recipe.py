@@ -234,7 +234,7 @@ class Recipe:
 
     def beside(self, text: str) -> Path:
         """A path that the recipe names, resolved against its folder; `~` is expanded."""
-        return self.path.parent / expanded(text)
+        return _beside(self.path, text)
 
     @property
     def is_remote(self) -> bool:
@@ -259,6 +259,10 @@ class Recipe:
                 fix="remove it, or write elsewhere",
             )
         return target
+
+
+def _beside(recipe: Path, text: str) -> Path:
+    return recipe.parent / expanded(text)
 
 
 def expanded(text: str) -> Path:
@@ -843,7 +847,7 @@ def parse_recipe(
 
 def _missing_files(recipe: Path, models: Mapping[str, ModelRef]) -> Iterator[CkptError]:
     for ref in models.values():
-        path = recipe.parent / expanded(ref.path)
+        path = _beside(recipe, ref.path)
         if is_hub_text(ref.path) or os.access(path, os.F_OK):
             continue
         try:
@@ -1357,7 +1361,7 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
         where=reader.where(node),
         dtypes_where=reader.where(keys["dtype"]) if "dtype" in keys else reader.where(node),
     )
-    if given is None or (Path(reader.name).parent / expanded(path)).absolute() == given.absolute():
+    if given is None or _beside(Path(reader.name), path).absolute() == given.absolute():
         return output
     return _elsewhere(output, given)
 

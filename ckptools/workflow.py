@@ -21,7 +21,7 @@ from ckptools.crew import usable_cores
 from ckptools.errors import InputError, OutputError, UsageError, nearest_name
 from ckptools.manifest import embedded_metadata, manifest_document, with_hash
 from ckptools.opening import Source
-from ckptools.placement import output_problems, place_of
+from ckptools.placement import output_problems, place_of, ways_to_replace
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, parse_recipe
@@ -138,16 +138,15 @@ def merge(
             lock.check(plan.sources, progress)
         wanted = hash_inputs or recipe.publish is not None
         sha256s = check_pins(plan.sources, hash_inputs=wanted, progress=progress)
+        force = force or recipe.output.overwrite
         when = plan.recipe.render.when if plan.recipe.render else "never"
         drawn: Rendering | None = None
         if when != "never":
-            force = force or recipe.output.overwrite
             rendering.check_section(plan, force=force)
         if when == "before_save":
             drawn = rendering.render_gate(plan, sha256s, force=force, progress=pictures)
         with made_folder(recipe.output_path.parent):
-            replaces = force or recipe.output.overwrite
-            result = _write(plan, sha256s, progress, started, replaces=replaces)
+            result = _write(plan, sha256s, progress, started, replaces=force)
         if when == "after_save":
             drawn = rendering.render_saved(plan, result.output, force=force, progress=pictures)
         return replace(result, rendering=drawn)
@@ -156,7 +155,7 @@ def merge(
 def left_to_merge(plan: Plan) -> tuple[str, ...]:
     """What a plan does not settle: outputs that a merge will not replace unasked, pins to check."""
     standing = [
-        f"{problem.what}: a merge will need --force, or `overwrite: true`"
+        f"{problem.what}: a merge will need {ways_to_replace(plan).rstrip(',')}"
         for problem in output_problems(plan, force=plan.recipe.output.overwrite)
     ]
     pinned = [source.name for source in plan.sources if source.ref.sha256]

@@ -12,9 +12,11 @@ import torch
 from hypothesis import settings
 from models import shrunk, write_model
 
-# Looking again and again through all that torch and diffusers hold takes a good part of the time;
-# the command line does the same.
-gc.set_threshold(100_000, 50, 50)
+from ckptools import cli
+
+# As the command line does: looking again and again through all that torch and diffusers hold takes
+# a good part of the time.
+gc.set_threshold(*cli._COLLECT_RARELY)
 # Two processes that each run torch with two threads slow each other down fourfold.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start

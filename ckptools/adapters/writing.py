@@ -93,7 +93,7 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
     if not output.parent.is_dir():
         raise OutputError(f"there is no folder {str(output.parent)!r}", fix="make it first")
     place = Place(output, (output,), tuple(inputs))
-    raise_all(list(place.problems(force=force, fix="use --force to replace it")))
+    raise_all(list(place.problems(force=force)))
     if (output.parent / PEFT_CONFIG).exists():
         raise OutputError(
             f"{PEFT_CONFIG} lies there: its rank and alpha would be taken for this adapter's",
@@ -117,7 +117,6 @@ class AdapterWriter:
         self._specs: dict[str, tuple[TensorSpec, int]] = {}
         self._ranks: dict[str, int] = {}
         self._alphas: dict[str, float] = {}
-        self._modules: set[str] = set()
         self._parts: dict[str, frozenset[str]] = {}
         self._end = 0
         self._stack = ExitStack()
@@ -203,7 +202,6 @@ class AdapterWriter:
     ) -> None:
         import struct
 
-        self._modules.add(module)
         if rank is None:
             return
         self._ranks[module] = rank
@@ -252,7 +250,7 @@ class AdapterWriter:
         return Written(
             output=self.output,
             nbytes=layout.file_bytes,
-            modules=len(self._modules),
+            modules=len(self._parts),
             ranks=dict(sorted(Counter(self._ranks.values()).items())),
             sha256_data=digest.hexdigest(),
         )
@@ -306,6 +304,7 @@ class AdapterWriter:
     def _config(self, modules: Sequence[str], prefix: str) -> dict[str, object]:
         rank = Counter(self._ranks[m] for m in modules).most_common(1)[0][0]
         alpha = Counter(self._alphas[m] for m in modules).most_common(1)[0][0]
+        held = {part for module in modules for part in self._parts[module]}
         plain = {m: m.removeprefix(prefix).removeprefix("base_model.model.") for m in modules}
         return {
             "r": rank,
@@ -318,11 +317,8 @@ class AdapterWriter:
                 f"^{plain[m]}": self._alphas[m] for m in modules if self._alphas[m] != alpha
             },
             "target_modules": sorted(plain.values()),
-            **{key: True for key, part in _TOLD_PARTS.items() if part in self._held(modules)},
+            **{key: True for key, part in _TOLD_PARTS.items() if part in held},
         }
-
-    def _held(self, modules: Sequence[str]) -> set[str]:
-        return {part for module in modules for part in self._parts[module]}
 
 
 _TOLD_PARTS = {"use_dora": "magnitude", "lora_bias": "bias"}  # which loaders must know of

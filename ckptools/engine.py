@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ckptools.codec import count_nonfinite
+from ckptools.codec import aligned, count_nonfinite
 from ckptools.errors import NonFiniteError, NonFiniteSourceError
 from ckptools.plain import PlainEvaluator, is_plain, needs_torch
 from ckptools.program import Compute, Copy, PositionIds, Program, Read, Widen, reads_of
 from ckptools.tensors import DTYPES, TensorSpec
-from ckptools.writer import PAGE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,23 +167,19 @@ class Buffer:
     """Reusable bytes that grow on demand, `nbytes` of them as long as that is enough."""
 
     def __init__(self, nbytes: int) -> None:
-        self._usual = nbytes + PAGE_BYTES
-        self._array = np.empty(self._usual, np.uint8)
+        self._usual = nbytes
+        self._array: NDArray[np.uint8] = aligned(nbytes, "u1")
 
-    def view(self, nbytes: int, position: int = 0) -> NDArray[np.uint8]:
-        """`nbytes` bytes whose address is as far into a page as `position` is.
-
-        What goes to byte `position` of a file can then go past the page cache: see `writer`.
-        """
-        if nbytes + PAGE_BYTES > self._array.size:
-            self._array = np.empty(nbytes + PAGE_BYTES, np.uint8)
-        start = (position - self._array.ctypes.data) % PAGE_BYTES
-        return self._array[start : start + nbytes]
+    def view(self, nbytes: int) -> NDArray[np.uint8]:
+        """The first `nbytes` bytes."""
+        if nbytes > self._array.size:
+            self._array = aligned(nbytes, "u1")
+        return self._array[:nbytes]
 
     def shrink(self) -> None:
         """Give back what a large tensor took."""
         if self._array.size > self._usual:
-            self._array = np.empty(self._usual, np.uint8)
+            self._array = aligned(self._usual, "u1")
 
 
 class Scratch:
@@ -458,7 +453,7 @@ def _alone(engine: Engine, units: Iterable[Unit], sink: Sink) -> Finished:
     """Every unit's bytes once they are written, made here and now."""
     scratch, buffer = Scratch(), Buffer(UNIT_BYTES)
     for unit in units:
-        data = buffer.view(unit.nbytes, unit.start)
+        data = buffer.view(unit.nbytes)
         engine.make(unit, data, scratch)
         sink.write(data.data, unit.start)
         yield data
@@ -498,7 +493,7 @@ def _work(engine: Engine, ring: _Ring, sink: Sink) -> None:
     try:
         while (taken := ring.take()) is not None:
             number, unit, buffer = taken
-            data = buffer.view(unit.nbytes, unit.start)
+            data = buffer.view(unit.nbytes)
             engine.make(unit, data, scratch)
             sink.write(data.data, unit.start)
             scratch.shrink()

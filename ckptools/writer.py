@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from ckptools.tensors import TensorSpec, file_order
 PART_SUFFIX = ".part"
 MANIFEST_SUFFIX = ".ckptools.json"
 MANIFEST_SCHEMA = "ckptools.manifest/1"
-PAGE_BYTES = 4096  # what direct writes are aligned to: no disk's block is larger
-_DIRECT_BYTES = 1 << 16  # smaller ones are better gathered by the system
+_FLUSHED_BYTES = 1 << 26  # what is brought to the disk at a time while more is being made
+_PATIENCE_S = 3.0  # a disk that takes longer for that is waited for once, at the end
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,6 @@ class PartFile:
     As a context manager it removes the part on any failure. A part left by a killed process is
     taken over; one that another process is writing is refused.
 
-    Large writes go straight to the disk, past the page cache, where the system can: a file that is
-    read next week needs no room in memory today, and nothing is left to wait for at the end. A
-    page of the file is written either that way or the usual way, never both.
-
     replaces  whether a file of the final name may be there, or appear meanwhile
     """
 
@@ -164,7 +161,7 @@ class PartFile:
         self.layout = layout
         self._replaces = replaces
         self._number = -1
-        self._direct = -1
+        self._flusher: _Flusher | None = None
         self._ours = False
 
     def __enter__(self) -> Self:
@@ -177,7 +174,7 @@ class PartFile:
                 os.truncate(self._number, 0)
             os.truncate(self._number, self.layout.file_bytes)
             _reserve(self._number, self.layout.file_bytes)
-            self._direct = _open_direct(self.layout.part)
+            self._flusher = _Flusher(self._number)
             self.write(self.layout.header, 0)
         except OSError as exc:
             self._discard()
@@ -195,38 +192,24 @@ class PartFile:
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`, from any thread."""
         view = memoryview(data)
-        begin, end = self._whole_pages(view, offset)
-        self._write(self._number, view[:begin], offset)
-        self._write(self._direct, view[begin:end], offset + begin)
-        self._write(self._number, view[end:], offset + end)
-
-    def _whole_pages(self, view: memoryview, offset: int) -> tuple[int, int]:
-        """Which bytes of the view can be written directly: whole pages, aligned in memory too."""
-        if self._direct < 0 or len(view) < _DIRECT_BYTES or view.readonly:
-            return 0, 0
-        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        if (address - offset) % PAGE_BYTES:
-            return 0, 0
-        begin = -offset % PAGE_BYTES
-        return begin, begin + (len(view) - begin) // PAGE_BYTES * PAGE_BYTES
-
-    def _write(self, number: int, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                count = _write_once(number, view, offset)
-            except OSError as exc:
-                if exc.errno == errno.EINVAL and number == self._direct != self._number:
-                    number = self._number  # a disk with rules of its own
-                    continue
-                raise output_error(exc, self.layout.path) from exc
-            view, offset = view[count:], offset + count
+        try:
+            while view:
+                count = _write_once(self._number, view, offset)
+                view, offset = view[count:], offset + count
+                if self._flusher:
+                    self._flusher.wrote(count)
+        except OSError as exc:
+            raise output_error(exc, self.layout.path) from exc
 
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
         try:
+            if self._flusher:
+                self._flusher.end()
             os.fsync(self._number)
         except OSError as exc:
             raise output_error(exc, self.layout.path) from exc
+        _forget(self._number)
 
     def check_free(self) -> None:
         """Raise `OutputError` where a file is in the way that may not be replaced."""
@@ -237,6 +220,8 @@ class PartFile:
         """Give the file its final name; whatever had that name is replaced in one step."""
         self.check_free()
         try:
+            if self._flusher:
+                self._flusher.end()
             if os.name == "nt":
                 self._close()
             if self._replaces or not self._link():
@@ -261,10 +246,12 @@ class PartFile:
         return True
 
     def _close(self) -> None:
-        for number in (self._number, self._direct):
-            if number >= 0:
-                os.close(number)
-        self._number = self._direct = -1
+        if self._flusher:
+            with suppress(OSError):
+                self._flusher.end()
+        if self._number >= 0:
+            os.close(self._number)
+        self._number, self._flusher = -1, None
 
     def _discard(self) -> None:
         if not self._ours:  # another process writes it, or it has its final name
@@ -276,6 +263,77 @@ class PartFile:
                 self.layout.part.unlink()
             self._ours = False
             self._close()
+
+
+class _Flusher:
+    """Brings a file to the disk in a thread of its own while more of it is being written.
+
+    Left to itself the system gathers the file in memory, and the end waits for nearly all of it.
+
+    number  the open file's descriptor; `end` must come before it is closed
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._waiting = 0  # bytes written since the last time
+        self._ended = not hasattr(os, "fdatasync")
+        self._error: OSError | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def wrote(self, nbytes: int) -> None:
+        """Count what was written, from any thread; raises what the disk said of earlier bytes."""
+        with self._changed:
+            self._raise()
+            self._waiting += nbytes
+            if self._ended or self._waiting < _FLUSHED_BYTES:
+                return
+            if self._thread is None:
+                with held_back():
+                    self._thread = threading.Thread(target=self._run, daemon=True)
+                    self._thread.start()
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Stop; raises what the disk said, which the system says only once."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error:
+            raise self._error
+
+    def _run(self) -> None:
+        duration = 0.0
+        while duration < _PATIENCE_S:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._waiting >= _FLUSHED_BYTES)
+                if self._ended:
+                    return
+                self._waiting = 0
+            started = time.monotonic()
+            try:
+                os.fdatasync(self._number)
+            except OSError as exc:
+                self._error = exc
+                return
+            _forget(self._number)
+            duration = time.monotonic() - started
+
+
+def _forget(number: int) -> None:
+    """Take what is on the disk out of the page cache, where the system can.
+
+    A file that is read next week needs no room in memory today, and what is checked is read from
+    the disk.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class PartFolder:
@@ -529,16 +587,6 @@ def _reserve(number: int, nbytes: int) -> None:
             return  # it has no such call, or a sandbox forbids it
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
-
-
-def _open_direct(part: Path) -> int:
-    """A second descriptor whose writes pass the page cache by; -1 where there is no such thing."""
-    if not hasattr(os, "O_DIRECT"):
-        return -1
-    try:
-        return os.open(part, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
-    except OSError:  # a file system that keeps everything in memory, or goes through a network
-        return -1
 
 
 def _is_open_as(number: int, path: Path) -> bool:

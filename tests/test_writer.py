@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
-import mmap
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -724,50 +724,131 @@ def test_a_file_that_the_official_library_refuses_is_told(
         check_structure(path, lay_out(specs_like(), {"k": "v"}, OUT))
 
 
-# --- past the page cache -------------------------------------------------------------------------
+# --- to the disk while it is written ------------------------------------------------------------
 
-direct_only = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT on this system")
-
-
-def aligned(nbytes: int, position: int) -> memoryview:
-    """Random bytes at an address that is as far into a page as `position` is."""
-    memory = mmap.mmap(-1, nbytes + writer.PAGE_BYTES)
-    phase = position % writer.PAGE_BYTES
-    memory[phase : phase + nbytes] = random.Random(position).randbytes(nbytes)
-    return memoryview(memory)[phase : phase + nbytes]
+syncing = pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="no fdatasync on this system")
+CHUNK = 100_000
 
 
-@direct_only
-@pytest.mark.parametrize("refusing", [False, True], ids=["direct", "the disk refuses"])
-def test_large_writes_go_to_their_place_however_they_are_aligned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, refusing: bool
+@pytest.fixture
+def chunks(tmp_path: Path) -> tuple[Layout, list[tuple[int, bytes]]]:
+    """A file of 25 chunks, and each chunk's offset and bytes."""
+    layout = lay_out([TensorSpec("a", "U8", (25 * CHUNK,))], {}, tmp_path / OUT)
+    draw = random.Random(1)
+    offsets = range(layout.data_start, layout.file_bytes, CHUNK)
+    return layout, [(offset, draw.randbytes(CHUNK)) for offset in offsets]
+
+
+@syncing
+def test_what_is_written_goes_to_the_disk_meanwhile(
+    chunks: tuple[Layout, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole pages directly, their edges the usual way; a refusal means the usual way for all."""
-    layout = lay_out([TensorSpec("a", "U8", (1_500_001,))], {}, tmp_path / OUT)
-    data = bytearray()
-    direct: list[int] = []
-    whole = os.pwrite
+    """Four chunks at a time, in a thread that ends with the file."""
+    layout, parts = chunks
+    synced = threading.Semaphore(0)
+    whole = os.fdatasync
 
+    def watched(number: int) -> None:
+        whole(number)
+        synced.release()
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    monkeypatch.setattr(writer, "_FLUSHED_BYTES", 4 * CHUNK)
+    before = threading.active_count()
     with PartFile(layout) as part:
-
-        def watched(number: int, view: memoryview, at: int) -> int:
-            if number == part._direct:
-                direct.append(len(view))
-                if refusing:
-                    raise OSError(errno.EINVAL, "unaligned")
-            return whole(number, view, at)
-
-        monkeypatch.setattr(os, "pwrite", watched)
-        for nbytes, shift in [(300_001, 0), (300_000, 0), (100, 0), (400_000, 3), (499_900, 0)]:
-            offset = layout.data_start + len(data)
-            chunk = aligned(nbytes, offset + shift)
-            part.write(chunk, offset)
-            data += chunk
+        for number, (offset, data) in enumerate(parts, 1):
+            part.write(data, offset)
+            if number % 4 == 0:
+                assert synced.acquire(timeout=60), "it was not asked for"
+        part.sync()
         part.commit()
 
-    assert layout.path.read_bytes() == layout.header + data
-    assert all(nbytes % writer.PAGE_BYTES == 0 for nbytes in direct)
-    assert len(direct) == 3, "the shifted and the small one go the usual way"
+    assert not synced.acquire(blocking=False), "asked for more often than every four chunks"
+    assert threading.active_count() == before
+    assert layout.path.read_bytes() == layout.header + b"".join(data for _, data in parts)
+
+
+@syncing
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [(errno.EIO, "cannot be written"), (errno.ENOSPC, "the disk is full; nothing was left behind")],
+)
+@pytest.mark.parametrize("asking", ["write", "sync", "commit"])
+def test_what_the_disk_says_once_is_not_lost(
+    chunks: tuple[Layout, list[tuple[int, bytes]]],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    word: str,
+    asking: str,
+) -> None:
+    """A descriptor is told of a failed write once, whoever asks: here the thread was."""
+    layout, parts = chunks
+
+    def fail(number: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(writer, "_FLUSHED_BYTES", CHUNK)
+    before = threading.active_count()
+
+    def write() -> None:
+        with PartFile(layout) as part:
+            offset, data = parts[0]
+            part.write(data, offset)
+            while threading.active_count() > before:  # until the thread has been told
+                time.sleep(0.001)
+            {"write": lambda: part.write(data, offset), "sync": part.sync, "commit": part.commit}[
+                asking
+            ]()
+
+    with pytest.raises(OutputError, match=word):
+        write()
+
+    assert not layout.part.exists()
+    assert not layout.path.exists()
+
+
+@syncing
+def test_a_disk_that_is_slow_to_answer_is_asked_once(
+    chunks: tuple[Layout, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network systems send the whole file each time."""
+    layout, parts = chunks
+    asked: list[int] = []
+
+    def answer_late(number: int) -> None:
+        asked.append(number)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(os, "fdatasync", answer_late)
+    monkeypatch.setattr(writer, "_FLUSHED_BYTES", CHUNK)
+    monkeypatch.setattr(writer, "_PATIENCE_S", 0.01)
+    before = threading.active_count()
+    with PartFile(layout) as part:
+        for offset, data in parts:
+            part.write(data, offset)
+            while threading.active_count() > before:
+                time.sleep(0.001)
+        part.commit()
+
+    assert len(asked) == 1
+    assert layout.path.read_bytes() == layout.header + b"".join(data for _, data in parts)
+
+
+def test_a_system_without_these_calls_is_waited_for_at_the_end(
+    chunks: tuple[Layout, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, parts = chunks
+    for name in ("fdatasync", "posix_fadvise"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(writer, "_FLUSHED_BYTES", CHUNK)
+    with PartFile(layout) as part:
+        for offset, data in parts:
+            part.write(data, offset)
+        part.sync()
+        part.commit()
+
+    assert layout.path.read_bytes() == layout.header + b"".join(data for _, data in parts)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="room is taken beforehand on Linux")
@@ -814,24 +895,3 @@ def test_room_that_cannot_be_taken_is_an_error_only_where_it_lacks(
 
     assert asked == [(0, 0, layout.file_bytes)] * (2 if code == errno.EINTR else 1)
     assert not layout.part.exists()
-
-
-@direct_only
-def test_a_file_system_without_direct_writes_is_written_the_usual_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = os.open
-
-    def without(path: Path, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "not here")
-        return opened(path, flags, mode)
-
-    monkeypatch.setattr(os, "open", without)
-    layout = lay_out([TensorSpec("a", "U8", (200_000,))], {}, tmp_path / OUT)
-    chunk = aligned(200_000, layout.data_start)
-    with PartFile(layout) as part:
-        part.write(chunk, layout.data_start)
-        part.commit()
-
-    assert layout.path.read_bytes() == layout.header + chunk

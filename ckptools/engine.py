@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Finished = Generator[NDArray[np.uint8], None, None]
 
-# Spans of 2 MB keep what one read brings in within the third-level cache; disks like 8 MB better.
+# Spans of 2 MB keep what one read brings in within the third-level cache; units are handed round.
 SPAN_BYTES = 1 << 21
 UNIT_BYTES = 1 << 23
 BUFFERS_PER_WORKER = 2

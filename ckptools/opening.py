@@ -92,7 +92,7 @@ def open_sources(
     for ref in recipe.models.values():
         is_adapter = ref.name in adapters
         try:
-            open_one = _open_adapter if is_adapter else _open_source
+            open_one = _open_adapter if is_adapter else open_source
             sources.append(open_one(ref, opener(recipe.file_of(ref))))
         except CkptError as exc:
             noun = "adapter" if is_adapter else "model"
@@ -250,7 +250,8 @@ def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Source:
     return Source(ref, checkpoint, detection, names, adapter=adapter, config=config)
 
 
-def _open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
+def open_source(ref: ModelRef, checkpoint: Checkpoint) -> Source:
+    """An open model, and what it is; `InputError`, and closed, where it is an adapter."""
     detection = detect(checkpoint, checkpoint.metadata)
     if detection.kind in _ADAPTER_KINDS:
         checkpoint.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,13 +42,14 @@ from ckptools.formula import (
     specialise,
     used_names,
 )
+from ckptools.hubref import is_hub_text
 from ckptools.keymap import key_map_ids
 from ckptools.known import Known, incomplete_parts, known_tensors, missing_of
 from ckptools.lora.group import AdapterFile, scale_of
 from ckptools.lora.match import Match, match, unmatched_error
 from ckptools.lora.names import targets
 from ckptools.methods import load_methods
-from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, open_sources
+from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, open_source, open_sources
 from ckptools.placement import output_problems
 from ckptools.plain import needs_torch
 from ckptools.program import (
@@ -67,7 +69,7 @@ from ckptools.program import (
     reads_of,
 )
 from ckptools.quantised import not_numbers, quantised_in
-from ckptools.recipe import Recipe, lora_weight
+from ckptools.recipe import Outline, Recipe, lora_weight
 from ckptools.selectors import (
     CompiledParam,
     Param,
@@ -252,7 +254,7 @@ def make_plan(
     """
     if sources is not None:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
-    sources = open_sources(recipe, opener, more=partial(_selector_errors, recipe))
+    sources = open_sources(recipe, opener, more=partial(_family_errors, recipe.outline))
     try:
         return _Planner(recipe, sources).plan(threads, force=force, write=write)
     except BaseException:
@@ -261,26 +263,83 @@ def make_plan(
         raise
 
 
-def _selector_errors(recipe: Recipe, base: Source) -> Iterable[CkptError]:
-    """What is wrong with the selectors, so far as the base alone can tell."""
+def outline_errors(outline: Outline, opener: Opener = open_checkpoint) -> Iterator[CkptError]:
+    """What is wrong with the components and selectors of a recipe that has other mistakes.
+
+    As far as one of its models tells that can be opened here: the base, where that is known.
+    """
+    for ref in sorted(outline.models.values(), key=lambda ref: ref.name != outline.base):
+        if is_hub_text(ref.path):
+            continue
+        try:
+            source = open_source(ref, opener(outline.file_of(ref)))
+        except CkptError:  # the files that are missing are told already
+            continue
+        with closing(source.checkpoint):
+            if family_of(source.detection) is not UNKNOWN:
+                yield from _family_errors(outline, source)
+                return
+
+
+def _family_errors(outline: Outline, base: Source) -> list[CkptError]:
+    """What is wrong with components and selectors, so far as the base alone can tell."""
     family = family_of(base.detection)
-    if family is UNKNOWN or recipe.compat not in ("", *family.compat):
-        return ()
-    return _compile_params(recipe, family, base)[1]
+    if family is UNKNOWN:
+        return []
+    errors = _component_errors(outline, family)
+    return (
+        errors
+        if _lacks_compat(outline, family)
+        else errors + _compile_params(outline, family, base)[1]
+    )
+
+
+def _lacks_compat(outline: Outline, family: Family) -> bool:
+    """Whether `compat:` is no mapping of this family: then selectors of blocks mean nothing."""
+    return outline.compat not in ("", *family.compat)
+
+
+def _component_errors(outline: Outline, family: Family) -> list[CkptError]:
+    """Components in `take:` and `output.dtype`, and `compat:`, must be this family's."""
+    known = [*family.components, "other"]
+    errors: list[CkptError] = [
+        RecipeError(
+            f"take: unknown component {component!r}", where=where, fix=nearest(component, known)
+        )
+        for component, (_, where) in outline.take.items()
+        if component not in known
+    ]
+    errors += [
+        RecipeError(
+            f"output dtype: unknown component {component!r}",
+            where=outline.output.dtypes_where,
+            fix=nearest(component, [*known, "default"]),
+        )
+        for component in outline.output.dtypes
+        if component not in (*known, "default")
+    ]
+    if _lacks_compat(outline, family):
+        errors.append(
+            RecipeError(
+                f"compat: {family.id} has no mapping {outline.compat!r}",
+                where=outline.compat_where,
+                fix=nearest(outline.compat, family.compat),
+            )
+        )
+    return errors
 
 
 def _compile_params(
-    recipe: Recipe, family: Family, base: Source
+    outline: Outline, family: Family, base: Source
 ) -> tuple[dict[str, CompiledParam], list[CkptError]]:
     """The params that the formula uses, resolved for the base's tensors; and what cannot be."""
     mergeable = [name for name, own in base.names.items() if base.checkpoint[own].is_float]
-    own = [name for name in mergeable if family.component_of(name) not in recipe.take]
-    weights = {lora_weight(name) for name in recipe.models}
-    used = set(used_names(recipe.result, recipe.scope))
+    own = [name for name in mergeable if family.component_of(name) not in outline.take]
+    weights = {lora_weight(name) for name in outline.models}
     found: dict[str, CompiledParam] = {}
     errors: list[CkptError] = []
-    for ref in recipe.params.values():
-        if ref.name not in used:
+    for ref in outline.params.values():
+        if outline.used is not None and ref.name not in outline.used:
             continue
         is_weight = ref.name in weights
         try:
@@ -291,8 +350,8 @@ def _compile_params(
                 lines = (_UNSAID, *lines)
             found[ref.name] = compile_param(
                 Param(lines), name_of_param=ref.name, family=family,
-                names=mergeable if is_weight else own, compat=recipe.compat,
-                taken=() if is_weight else tuple(recipe.take), own=base.names,
+                names=mergeable if is_weight else own, compat=outline.compat,
+                taken=() if is_weight else tuple(outline.take), own=base.names,
             )  # fmt: skip
         except CkptError as exc:
             errors += [error.at(ref.where) for error in each_of(exc)]
@@ -333,7 +392,9 @@ class _Planner:
     def plan(self, threads: int, *, force: bool, write: bool) -> Plan:
         recipe = self.recipe
         self._check_families()
-        self._check_components()
+        self.errors += _component_errors(recipe.outline, self.family)
+        if _lacks_compat(recipe.outline, self.family):
+            raise_all(self.errors)
         self._match_taken()
         names = self._output_names()
         self._compile_params()
@@ -408,37 +469,6 @@ class _Planner:
                 f"the models predict different things: {parts}. A model between them predicts "
                 "neither; in a difference, as in A + (B - C), both sides should agree"
             )
-
-    def _check_components(self) -> None:
-        """Components in `take:` and `output.dtype`, and `compat:`, must be this family's."""
-        if self.recipe.compat and self.recipe.compat not in self.family.compat:
-            self.errors.append(
-                RecipeError(
-                    f"compat: {self.family.id} has no mapping {self.recipe.compat!r}",
-                    where=self.recipe.compat_where,
-                    fix=nearest(self.recipe.compat, self.family.compat),
-                )
-            )
-            raise_all(self.errors)  # selectors of blocks would all fail alike
-        known = [*self.family.components, "other"]
-        for component, (_, where) in self.recipe.take.items():
-            if component not in known:
-                self.errors.append(
-                    RecipeError(
-                        f"take: unknown component {component!r}",
-                        where=where,
-                        fix=nearest(component, known),
-                    )
-                )
-        for component in self.recipe.output.dtypes:
-            if component not in known and component != "default":
-                self.errors.append(
-                    RecipeError(
-                        f"output dtype: unknown component {component!r}",
-                        where=self.recipe.output.dtypes_where,
-                        fix=nearest(component, [*known, "default"]),
-                    )
-                )
 
     # --- components that are taken ---
 
@@ -544,7 +574,7 @@ class _Planner:
     # --- numbers ---
 
     def _compile_params(self) -> None:
-        self.params, errors = _compile_params(self.recipe, self.family, self.base)
+        self.params, errors = _compile_params(self.recipe.outline, self.family, self.base)
         self.errors += errors
         weights = {lora_weight(source.name) for source in self.sources}
         used = set(used_names(self.recipe.result, self.recipe.scope)) - weights

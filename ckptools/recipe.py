@@ -11,7 +11,7 @@ import keyword
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -47,6 +47,7 @@ from ckptools.formula import (
     names_in,
     parse_formula,
     unknown_name,
+    used_names,
 )
 from ckptools.hubref import is_hub_text, parse_hub_ref
 from ckptools.lora.dora import Reading
@@ -189,6 +190,30 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What a recipe says that a family's names decide about, whether or not the rest holds.
+
+    base   the model that gives the names; "" where that cannot be told
+    used   the names that the formula uses; None where it cannot be read
+    Everything else is as in `Recipe`.
+    """
+
+    path: Path
+    models: Mapping[str, ModelRef]
+    params: Mapping[str, ParamRef]
+    base: str
+    used: frozenset[str] | None
+    take: Mapping[str, tuple[str, str]]
+    output: Output
+    compat: str
+    compat_where: str
+
+    def file_of(self, model: ModelRef) -> Path:
+        """As `Recipe.file_of`."""
+        return _file_of(self.path, model)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that means something: every name is known, every formula has its type.
 
@@ -228,13 +253,20 @@ class Recipe:
 
         A model on the Hub is the path that stands for it (`hubref.HubRef.path`).
         """
-        if is_hub_text(model.path):
-            return Path(model.path)
-        return self.beside(model.path)
+        return _file_of(self.path, model)
 
     def beside(self, text: str) -> Path:
         """A path that the recipe names, resolved against its folder; `~` is expanded."""
         return _beside(self.path, text)
+
+    @property
+    def outline(self) -> Outline:
+        """What a family's names decide about."""
+        used = frozenset(used_names(self.result, self.scope))
+        return Outline(
+            self.path, self.models, self.params, self.base, used, self.take, self.output,
+            self.compat, self.compat_where,
+        )  # fmt: skip
 
     @property
     def is_remote(self) -> bool:
@@ -259,6 +291,10 @@ class Recipe:
                 fix="remove it, or write elsewhere",
             )
         return target
+
+
+def _file_of(recipe: Path, model: ModelRef) -> Path:
+    return Path(model.path) if is_hub_text(model.path) else _beside(recipe, model.path)
 
 
 def _beside(recipe: Path, text: str) -> Path:
@@ -734,13 +770,21 @@ def _check_nodes(reader: _Reader, root: yaml.Node) -> None:
 # --- the recipe --------------------------------------------------------------------------------
 
 
+Further = Callable[[Outline], Iterable[CkptError]]
+
+
 def load_recipe(
-    path: Path, *, overrides: Mapping[str, float] | None = None, output: Path | None = None
+    path: Path,
+    *,
+    overrides: Mapping[str, float] | None = None,
+    output: Path | None = None,
+    further: Further = lambda outline: (),
 ) -> Recipe:
     """Read a recipe file.
 
     overrides  parameter name -> number that replaces what the file says (`--set M=0.5`)
     output     where the result goes instead (`-o`); the recipe then needs no `output:`
+    further    where there are mistakes: what else is wrong, as far as the models' files tell
     Raises `RecipeError` or `ManyErrors` with every mistake, each with file:line and a fix.
     """
     try:
@@ -760,7 +804,7 @@ def load_recipe(
         fix = "give a .yaml file" if what else "save it as UTF-8"
         what = what or "the recipe is not UTF-8 text"
         raise RecipeError(what, where=str(path), fix=fix) from exc
-    return parse_recipe(text, path, overrides=overrides, output=output, look=True)
+    return parse_recipe(text, path, overrides=overrides, output=output, further=further)
 
 
 def _no_recipe(raw: bytes) -> str:
@@ -778,11 +822,11 @@ def parse_recipe(
     *,
     overrides: Mapping[str, float] | None = None,
     output: Path | None = None,
-    look: bool = False,
+    further: Further | None = None,
 ) -> Recipe:
     """As `load_recipe`, for text in hand; `path` names it and anchors relative paths.
 
-    look  where there are mistakes, tell of models' files that are not there, too
+    further  None: files are not looked for
     """
     reader = _Reader(str(path))
     root = _compose(text, reader.name)
@@ -797,7 +841,8 @@ def parse_recipe(
     render = _render(reader, keys.get("render"))
     target = _output(reader, keys.get("output"), output)
     seed = reader.whole(keys["seed"], "seed", 2**63 - 1) if "seed" in keys else 0
-    compat = reader.text(keys["compat"], "compat") if "compat" in keys else ""
+    compat = (reader.text(keys["compat"], "compat") if "compat" in keys else "") or ""
+    compat_where = reader.where(keys["compat"]) if "compat" in keys else ""
     strict = "strict" in keys and reader.flag(keys["strict"], "strict")
     allow_nonfinite = "allow_nonfinite" in keys and reader.flag(
         keys["allow_nonfinite"], "allow_nonfinite"
@@ -809,8 +854,14 @@ def parse_recipe(
     scope, merge = _formulas(reader, keys.get("let"), keys.get("merge"), scope)
     params, weights = _set_params(reader, params, weights, overrides or {})
     errors: list[CkptError] = [*reader.all_errors()]
-    if errors and look:  # else whoever opens them tells
-        errors += _missing_files(path, models | loras)
+    if errors and further:  # else whoever opens the files tells
+        used = None if merge is None else frozenset(used_names(merge, scope)) | weights.keys()
+        base = base or ("" if merge is None else base_model(merge, scope))
+        outline = Outline(
+            path, models | loras, params | weights, base, used, take, target or Output(), compat,
+            compat_where,
+        )  # fmt: skip
+        errors += [*_missing_files(path, models | loras), *further(outline)]
     raise_all(sorted(errors, key=_line))  # the rest leans on names and types that hold
     if merge is None or target is None:
         raise AssertionError("a missing key is an error above")
@@ -835,8 +886,8 @@ def parse_recipe(
         allow_nonfinite=allow_nonfinite,
         seed=seed or 0,
         scope=scope,
-        compat=compat or "",
-        compat_where=reader.where(keys["compat"]) if "compat" in keys else "",
+        compat=compat,
+        compat_where=compat_where,
         warnings=warnings,
         loras=tuple(loras),
         publish=publish,
@@ -1162,7 +1213,10 @@ def _sweep(
 def _formulas(
     reader: _Reader, lets: yaml.Node | None, merge: yaml.Node | None, scope: Scope
 ) -> tuple[Scope, Formula | None]:
-    """The scope with each `let` added in order (one may use those above it), and the merge."""
+    """The scope with each `let` added in order (one may use those above it), and the merge.
+
+    None in the merge's place where it, or one of the `let`s, does not hold.
+    """
     items = reader.mapping(lets, "let") if lets is not None else {}
     parsed: dict[str, Formula] = {}
     for name, (key, value) in items.items():
@@ -1181,11 +1235,12 @@ def _formulas(
     is_deep = result is not None and formula_depth(result, depths) > MAX_DEPTH
     if result is not None and is_deep and max(depths.values(), default=0) <= MAX_DEPTH:
         reader.errors.append(_too_deep(result, "merge"))
-    if result is not None and not is_deep:
-        kind = reader.attempt(partial(check_formula, result, _with_told(reader, scope)))
-        if kind is not None:
-            _check_result(reader, result, kind)
-    return scope, result
+    if result is None or is_deep:
+        return scope, None
+    kind = reader.attempt(partial(check_formula, result, _with_told(reader, scope)))
+    if kind is not None:
+        _check_result(reader, result, kind)
+    return scope, result if kind and scope.lets.keys() == items.keys() else None
 
 
 def _find_unknown(

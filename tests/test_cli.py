@@ -315,6 +315,52 @@ def test_mistakes_and_missing_files_come_together(recipe: Path, capsys: Captured
         assert part in shown
 
 
+@pytest.mark.parametrize("command", ["plan", "merge", "sweep"])
+def test_what_the_models_family_decides_comes_with_other_mistakes(
+    recipe: Path, capsys: Captured, command: str
+) -> None:
+    """Selectors, components and `compat:`, by line; numbers that no formula uses are let be."""
+    recipe.write_text(
+        recipe.read_text()
+        .replace("M: 0.5", "M: {default: 1, IN22: 0}, L: {unte: 1}")
+        .replace("{path: out.safetensors}", "{path: out.safetensors, dtype: {vea: fp16}}")
+        + "take: {vaes: A}\nverfy: true\n"
+    )
+
+    assert run([command, str(recipe)]) == 2
+    shown = capsys.readouterr().err
+    parts = ["no block 'IN22'", "dtype: unknown component 'vea'", "unknown component 'vaes'"]
+    found = re.findall("error: .*", shown)
+    assert [part in line for part, line in zip([*parts, "key 'verfy'"], found, strict=True)] == (
+        [True] * 4
+    )
+    assert "unte" not in shown
+
+    recipe.write_text(recipe.read_text().replace("* M", "* M + Z") + "compat: a1112\n")
+    assert run([command, str(recipe)]) == 2
+    shown = capsys.readouterr().err
+    for part in (*parts[1:], "unknown name 'Z'", "no mapping 'a1112'"):
+        assert part in shown
+    assert "IN22" not in shown, "what a block is, `compat` says"
+
+
+def test_a_formula_that_cannot_be_read_leaves_all_numbers_to_be_checked(
+    recipe: Path, capsys: Captured
+) -> None:
+    """Against the first model that opens and is of a family."""
+    text = recipe.read_text().replace("M: 0.5", "M: {default: 1, IN22: 0}")
+    recipe.write_text(text.replace("merge: ", "merge: (").replace("models:", "models:\n  Z: z.pt"))
+    assert run(["plan", str(recipe)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: ") == 3
+    assert "z.pt" in shown
+    assert "no block 'IN22'" in shown
+
+    recipe.write_text(re.sub("[ABC]: .*safetensors", "A: hf://owner/name/a.safetensors", text))
+    assert run(["plan", str(recipe)]) == 2
+    assert "IN22" not in capsys.readouterr().err, "no model is at hand"
+
+
 # --- lists -------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,7 @@ def output_option(function: F) -> F:
 def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None) -> Any:
     """The recipe with the command line's changes."""
     from ckptools.errors import UsageError
+    from ckptools.plan import outline_errors
     from ckptools.recipe import load_recipe
 
     if output is not None and output.suffix != ".safetensors":
@@ -119,7 +120,7 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
             where="--output",
             fix=f"write {str(output) + '.safetensors'!r}",
         )
-    return load_recipe(recipe, overrides=settings, output=output)
+    return load_recipe(recipe, overrides=settings, output=output, further=outline_errors)
 
 
 def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:

@@ -87,10 +87,10 @@ def command(
       ckptools sweep recipe.yaml --set M=0:1:0.1 --save-best between:A:B
     """
     from ckptools import report, report_sweep
-    from ckptools.recipe import load_recipe
+    from ckptools.cli.options import load
     from ckptools.sweep import draws_of, sweep
 
-    loaded = load_recipe(recipe)
+    loaded = load(recipe, {})
     folder = output or loaded.output_path.with_name(loaded.output_path.stem + "-sweep")
     given: dict[str, Any] = {
         "prompts": prompts or None, "negative": negative, "seeds": seeds or None, "steps": steps,

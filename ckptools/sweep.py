@@ -213,7 +213,7 @@ def sweep(
     started = time.perf_counter()
     may_replace = force or not save_best  # else nothing is written there
     with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
-        (progress or Progress()).planned(plans[-1])
+        (progress or Progress()).planned(max(reversed(plans), key=_merged))
         check_pins(plans[0].sources, hash_inputs=False, progress=progress or Progress())
         run = _Run(plans, combined, draws, folder, progress or SweepProgress())
         with made_folder(folder / "images"):
@@ -229,6 +229,11 @@ def sweep(
             notes = (*found.notes, f"the best variant was not merged: {exc.what}")
             found = replace(found, notes=notes, failure=exc)
     return replace(found, seconds=time.perf_counter() - started)
+
+
+def _merged(plan: Plan) -> int:
+    """How many tensors are merged: at M = 0 or 1 often none, which says nothing of the sweep."""
+    return sum(step.action == "merged" for step in plan.steps)
 
 
 def draws_of(recipe: Recipe) -> Draws:

@@ -26,6 +26,7 @@ from ckptools import report_sweep
 from ckptools.checkpoint import Checkpoint
 from ckptools.cli import run
 from ckptools.errors import OutputError, UsageError
+from ckptools.plan import Plan
 from ckptools.recipe import load_recipe
 from ckptools.render import Pipeline, Request, draw, load_pipeline
 from ckptools.render.probes import usual_guidance
@@ -380,6 +381,22 @@ def test_ctrl_c_before_the_first_picture_leaves_nothing(tmp_path: Path) -> None:
         sweep(recipe, {"M": (0, 1)}, tmp_path / "s", draws=FAST, progress=StopAtOnce())
 
     assert not (tmp_path / "s").exists()
+
+
+def test_an_end_that_is_a_copy_is_nothing_to_warn_of(tmp_path: Path) -> None:
+    """At M = 0 nothing is merged, which is what a sweep is for."""
+    recipe = load_recipe(write_recipe(tmp_path / "r", ADD))
+    shown: list[tuple[str, ...]] = []
+
+    class Listening(StopAtOnce):
+        def planned(self, plan: Plan) -> None:
+            shown.append(plan.warnings)
+
+    for values in ((1, 0), (0,)):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(recipe, {"M": values}, tmp_path / "s", draws=FAST, progress=Listening())
+
+    assert ["nothing is merged" in " ".join(warnings) for warnings in shown] == [False, True]
 
 
 # --- the best -----------------------------------------------------------------------------------

@@ -864,8 +864,7 @@ def open_index(
     """
     index = _read_index(path)
     shards = sorted(set(index.weight_map.values()))
-    paths = [_shard_path(path, shard) for shard in shards]
-    files = [source_file(shard) for shard in paths]
+    files = _shards_at([_shard_path(path, shard) for shard in shards], path, source_file)
     homes: dict[str, str] = {}
     for shard, file in zip(shards, files, strict=True):
         for name in file.header.specs:
@@ -887,6 +886,28 @@ def open_index(
         index.metadata or files[0].header.metadata,
         warnings=_size_warning(index, files),
     )
+
+
+def _shards_at(
+    shards: Sequence[Path], index: Path, source_file: Callable[[Path], SourceFile]
+) -> list[SourceFile]:
+    """Every shard, open; those that are not there are named in one error, the index's."""
+    files: list[SourceFile] = []
+    missing: dict[str, str] = {}  # its name -> what is there instead
+    for shard in shards:
+        try:
+            files.append(source_file(shard))
+        except InputError as exc:
+            if not isinstance(exc.__cause__, FileNotFoundError):
+                raise
+            missing[shard.name] = exc.fix
+    if missing:
+        names, fixes = [*missing], [*missing.values()]
+        listed = ", ".join(names[:3]) + (", …" if names[3:] else "")
+        what = f"{len(names)} of its {len(shards)} shards are" if names[1:] else "a shard is"
+        fix = "; ".join(part for part in ("get the whole model again", fixes[0]) if part)
+        raise _invalid(index, f"{what} not there: {listed}", fix)
+    return files
 
 
 def _size_warning(index: _Index, files: Sequence[SourceFile]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ckptools.checkpoint import (
     Tensors,
     read_header,
 )
+from ckptools.cli import run
 from ckptools.errors import InputError, InvalidFileError, UnsafeError
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import TensorSpec
@@ -205,11 +206,16 @@ def test_a_wrong_total_size_is_a_warning(shards: Shards) -> None:
 def test_a_missing_shard_is_named(shards: Shards) -> None:
     (shards.folder / "2.safetensors").unlink()
 
-    with pytest.raises(InputError, match="no such file") as caught:
+    with pytest.raises(InvalidFileError, match=r"a shard is not there: 2\.safe") as caught:
         open_checkpoint(shards.index)
 
-    assert caught.value.where == str(shards.folder / "2.safetensors")
-    assert "1.safetensors" in caught.value.fix
+    assert caught.value.where == str(shards.index)
+    assert "in that folder: 1.safetensors" in caught.value.fix
+    assert run(["verify", str(shards.index), "-q"]) == 1, "the model is not whole"
+
+    (shards.folder / "1.safetensors").unlink()
+    with pytest.raises(InvalidFileError, match=r"2 of its 2 shards are not there: 1\.safe.*, 2\."):
+        open_checkpoint(shards.index)
 
 
 def test_a_broken_shard_is_named(shards: Shards) -> None:

@@ -361,6 +361,22 @@ def test_a_formula_that_cannot_be_read_leaves_all_numbers_to_be_checked(
     assert "IN22" not in capsys.readouterr().err, "no model is at hand"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="locales are named as on Linux")
+def test_a_path_in_letters_that_the_locale_has_not_is_told(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("out.safetensors", "ö.safetensors"), "utf-8")
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    found = subprocess.run(
+        [sys.executable, "-m", "ckptools", "merge", str(recipe)],
+        capture_output=True, text=True, check=False, env={**os.environ, **old},
+    )  # fmt: skip
+
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1] == "  fix: use UTF-8: PYTHONUTF8=1"
+    assert "Traceback" not in found.stderr
+    assert not [*recipe.parent.glob("*.part")]
+
+
 # --- lists -------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,9 @@ def run(arguments: list[str]) -> int:
         where = exc.filename or ("standard output" if exc.errno == errno.ENOSPC else "")
         error = CkptError(exc.strerror or str(exc), where=str(where), fix=fix)
         return _show(error, command, as_json=as_json)
+    except UnicodeEncodeError as exc:  # a path in letters that this locale has not
+        what = f"{exc.object!r} cannot be written in this system's encoding, {exc.encoding}"
+        return _show(CkptError(what, fix="use UTF-8: PYTHONUTF8=1"), command, as_json=as_json)
     return result if isinstance(result, int) else 0
 
 

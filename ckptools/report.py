@@ -76,18 +76,25 @@ def _console(*, stderr: bool = False) -> Console:
     )
 
 
-def _table(*columns: str, numbers: Sequence[int] = (), wide: Sequence[int] = ()) -> Table:
+def _table(
+    *columns: str,
+    numbers: Sequence[int] = (),
+    wide: Sequence[int] = (),
+    names: Sequence[int] = (),
+) -> Table:
     """An empty table.
 
     numbers  columns that are set to the right
-    wide     columns that take several lines where the terminal is narrow; default: the last
+    wide     columns that take several lines where there is no room; default: the last
+    names    columns that do so on a terminal alone: what is piped is searched line by line
     """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    folding = [*wide, *(names if sys.stdout.isatty() else ())]
     for position, column in enumerate(columns):
-        folds = position in (wide or [len(columns) - 1])
+        folds = position in (folding if wide or names else [len(columns) - 1])
         table.add_column(
             column,
             justify="right" if position in numbers else "left",

@@ -126,7 +126,7 @@ def _show_tensors(pairs: dict[str, Pair]) -> None:
 
 def _show_groups(pairs: dict[str, Pair]) -> None:
     table = _table("group", "rel L2", "cosine", "max", "mean", "changed", "NaN/Inf",
-                   numbers=(1, 2, 3, 4, 5, 6), wide=(0,))  # fmt: skip
+                   numbers=(1, 2, 3, 4, 5, 6), names=(0,))  # fmt: skip
     for name, pair in pairs.items():
         _row(table, name, f"{pair.rel_l2:.3g}", f"{pair.cosine:.6f}", f"{pair.max_abs:.3g}",
              f"{pair.mean_abs:.3g}", f"{pair.changed_share:.1%}",

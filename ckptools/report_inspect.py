@@ -304,7 +304,7 @@ def _show_adapter(found: Inspection) -> None:
 
 
 def _show_vectors(found: Inspection) -> None:
-    table = _table("tensor", "vectors", "width", numbers=(1, 2), wide=(0,))
+    table = _table("tensor", "vectors", "width", numbers=(1, 2), names=(0,))
     for one in found.vectors:
         _row(table, one.name, f"{one.vectors:,}", f"{one.width:,}")
     _show_table(table)
@@ -442,7 +442,7 @@ def _show_several(survey: Survey) -> None:
 
 def _show_rows(found: Inspection) -> None:
     table = _table("tensor", "dtype", "shape", "size", "component", "block", numbers=(3,),
-                   wide=(0,))  # fmt: skip
+                   names=(0,))  # fmt: skip
     for row in found.rows:
         spec = row.spec
         _row(table, spec.name, spec.dtype, str(list(spec.shape)), gigabytes(spec.nbytes),
@@ -456,7 +456,7 @@ def _show_statistics(found: Inspection, statistics: Statistics) -> None:
     """A table of the components, or of the tensors that were asked for; and a bar per block."""
     groups = statistics.tensors if found.rows else statistics.components
     table = _table("tensor" if found.rows else "component", "values", "norm", "mean", "std", "min",
-                   "max", "zeros", "NaN, Inf", numbers=range(1, 9), wide=(0,))  # fmt: skip
+                   "max", "zeros", "NaN, Inf", numbers=range(1, 9), names=(0,))  # fmt: skip
     for label, values in groups.items():
         _row(table, label, f"{values.count:,}", *map(_number, (
             values.norm, values.mean, values.std, values.min, values.max)),

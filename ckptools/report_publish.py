@@ -89,7 +89,7 @@ def show_publication(publication: Publication) -> None:
             publication.tag_action, ""
         )
         show_line(f"tag:        {order.tag}{there}")
-    table = _table("file", "size", "sha256", "action", numbers=(1,), wide=(0,))
+    table = _table("file", "size", "sha256", "action", numbers=(1,), names=(0,))
     for row in publication.rows:
         _row(table, row.upload.path, gigabytes(row.upload.nbytes), row.upload.sha256[:16],
              row.action)  # fmt: skip

@@ -751,6 +751,21 @@ def test_single_tensors_are_listed(folder: Path, capsys: pytest.CaptureFixture[s
     }  # fmt: skip
 
 
+def test_a_pipe_gets_every_name_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "one.safetensors"
+    named = "*input_blocks.4.1.transformer_blocks.0.*"
+
+    for more in ((), ("--stats",)):
+        text = shown(capsys, path, "--tensors", named, *more)
+        rows = [row["name"] for row in as_json(capsys, path, "--tensors", named)["listed"]]
+        assert len(rows) == 20
+        assert max(map(len, rows)) > 80
+        lines = [line.split()[0] for line in text.splitlines() if line.strip()]
+        assert set(rows) <= set(lines)
+
+
 def test_single_tensors_of_several_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, folder / "one.safetensors", folder / "two.safetensors", "--tensors",
                  "*label_emb.0.0.bias", code=2)  # fmt: skip

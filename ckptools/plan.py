@@ -266,17 +266,17 @@ def make_plan(
 def outline_errors(outline: Outline, opener: Opener = open_checkpoint) -> Iterator[CkptError]:
     """What is wrong with the components and selectors of a recipe that has other mistakes.
 
-    As far as one of its models tells that can be opened here: the base, where that is known.
+    As far as the base tells, or, where it cannot be told which that is, the first whole model.
     """
-    for ref in sorted(outline.models.values(), key=lambda ref: ref.name != outline.base):
-        if is_hub_text(ref.path):
+    for ref in outline.models.values():
+        if is_hub_text(ref.path) or outline.base not in ("", ref.name):
             continue
         try:
             source = open_source(ref, opener(outline.file_of(ref)))
         except CkptError:  # the files that are missing are told already
             continue
         with closing(source.checkpoint):
-            if family_of(source.detection) is not UNKNOWN:
+            if outline.base or source.detection.kind in WHOLE_KINDS:
                 yield from _family_errors(outline, source)
                 return
 
@@ -287,11 +287,9 @@ def _family_errors(outline: Outline, base: Source) -> list[CkptError]:
     if family is UNKNOWN:
         return []
     errors = _component_errors(outline, family)
-    return (
-        errors
-        if _lacks_compat(outline, family)
-        else errors + _compile_params(outline, family, base)[1]
-    )
+    if not _lacks_compat(outline, family):
+        errors += _compile_params(outline, family, base)[1]
+    return errors
 
 
 def _lacks_compat(outline: Outline, family: Family) -> bool:

@@ -195,6 +195,7 @@ class Outline:
 
     base   the model that gives the names; "" where that cannot be told
     used   the names that the formula uses; None where it cannot be read
+    params  those whose numbers could be read
     Everything else is as in `Recipe`.
     """
 
@@ -528,6 +529,7 @@ class _Reader:
     told     names that stand in the recipe, but not as they must: what uses them is not to blame
     is_open  whether a list of names could not be read, so that no name is known to be unknown
     unknown  name -> an error at every place where it is used
+    broken   parameters whose numbers could not all be read
     """
 
     def __init__(self, name: str) -> None:
@@ -536,6 +538,7 @@ class _Reader:
         self.told: set[str] = set()
         self.is_open = False
         self.unknown: dict[str, list[CkptError]] = {}
+        self.broken: set[str] = set()
 
     def lacks(self, name: str, names: Collection[str]) -> bool:
         """Whether a name is a mistake, and not one that is told already."""
@@ -857,8 +860,9 @@ def parse_recipe(
     if errors and further:  # else whoever opens the files tells
         used = None if merge is None else frozenset(used_names(merge, scope)) | weights.keys()
         base = base or ("" if merge is None else base_model(merge, scope))
+        numbers = {n: ref for n, ref in (params | weights).items() if n not in reader.broken}
         outline = Outline(
-            path, models | loras, params | weights, base, used, take, target or Output(), compat,
+            path, models | loras, numbers, base, used, take, target or Output(), compat,
             compat_where,
         )  # fmt: skip
         errors += [*_missing_files(path, models | loras), *further(outline)]
@@ -1085,6 +1089,14 @@ def _set_params(
 
 
 def _param(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
+    so_far = len(reader.errors)
+    found = _lines(reader, name, node)
+    if len(reader.errors) > so_far:
+        reader.broken.add(name)
+    return found
+
+
+def _lines(reader: _Reader, name: str, node: yaml.Node) -> ParamRef:
     where, what = reader.where(node), f"parameter {name!r}"
     if isinstance(node, yaml.SequenceNode):
         reader.error(

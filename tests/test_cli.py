@@ -361,6 +361,22 @@ def test_a_formula_that_cannot_be_read_leaves_all_numbers_to_be_checked(
     assert "IN22" not in capsys.readouterr().err, "no model is at hand"
 
 
+@pytest.mark.parametrize(
+    "numbers", ["{default: a, IN22: 0}", "{mbw: [a], IN00: 1}", "{}", "[0, 1]", "{IN00: }", ""]
+)
+def test_what_follows_from_a_number_that_cannot_be_read_is_not_told(
+    recipe: Path, capsys: Captured, numbers: str
+) -> None:
+    text = recipe.read_text()
+    recipe.write_text(text.replace("M: 0.5", f"M: {numbers}"))
+    assert run(["plan", str(recipe)]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+    recipe.write_text(re.sub("A: .*", "A: gone.safetensors", text).replace("M: 0.5", "M: a"))
+    assert run(["plan", str(recipe)]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2, "nor what another model than the base has"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="locales are named as on Linux")
 def test_a_path_in_letters_that_the_locale_has_not_is_told(recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("out.safetensors", "ö.safetensors"), "utf-8")

@@ -32,12 +32,13 @@ from ckptools.errors import (
 )
 from ckptools.family import detect
 from ckptools.formula import used_names
+from ckptools.interrupts import held_back
 from ckptools.manifest import embedded_metadata
 from ckptools.opening import Source
 from ckptools.plan import Plan, make_plan
 from ckptools.progress import Progress
 from ckptools.recipe import Recipe, expanded, load_recipe, lora_weight, parse_recipe, with_numbers
-from ckptools.rendering.folder import check_folder, clear_folder
+from ckptools.rendering.folder import Earlier, check_folder
 from ckptools.tensors import TensorSpec
 from ckptools.variants import Variants, memory_for, merged_model, source_model
 from ckptools.workflow import (
@@ -215,8 +216,8 @@ def sweep(
     with _planned(recipe, combined, threads or default_threads(), force=may_replace) as plans:
         (progress or Progress()).planned(max(reversed(plans), key=_merged))
         check_pins(plans[0].sources, hash_inputs=False, progress=progress or Progress())
-        run = _Run(plans, combined, draws, folder, progress or SweepProgress())
-        with made_folder(folder / "images"):
+        with made_folder(folder / "images"), Earlier(folder, SCHEMA) as earlier:
+            run = _Run(plans, combined, draws, earlier, folder, progress or SweepProgress())
             found = run.all(memory_bytes)
     found = replace(found, recipe=recipe, axes={n: tuple(v) for n, v in axes.items()})
     if save_best and not found.interrupted:
@@ -324,11 +325,12 @@ class _Run:
         plans: Sequence[Plan],
         combined: Sequence[Mapping[str, float]],
         draws: Draws,
+        earlier: Earlier,
         folder: Path,
         progress: SweepProgress,
     ) -> None:
         self.plans, self.combined, self.draws = plans, combined, draws
-        self.folder, self.progress = folder, progress
+        self.earlier, self.folder, self.progress = earlier, folder, progress
         self.plan = plans[0]
         self.notes: list[str] = []
         self.drawn: list[Path] = []
@@ -375,14 +377,14 @@ class _Run:
         interrupted = False
         try:
             self._run(memory_bytes)
-        except KeyboardInterrupt as exc:
-            if not self.drawn:
-                raise
-            if not self.parents:
+        except BaseException as exc:
+            is_interrupt, was_drawn = isinstance(exc, KeyboardInterrupt), bool(self.drawn)
+            if not (is_interrupt and self.parents):
                 self._remove_drawn()
-                raise Interrupted(
-                    "interrupted before one model was drawn whole; its pictures are removed"
-                ) from exc
+                if is_interrupt and was_drawn:
+                    said = "interrupted before one model was drawn whole; its pictures are removed"
+                    raise Interrupted(said) from exc
+                raise
             interrupted = True
             if self.draws.scores is not None and not self.seen:
                 self.notes.append("interrupted: the pictures are not scored")
@@ -405,11 +407,9 @@ class _Run:
 
     def _remove_drawn(self) -> None:
         """A report makes pictures a result: without one they would be in the next sweep's way."""
-        with suppress(OSError):
+        with held_back(), suppress(OSError):
             for path in self.drawn:
                 path.unlink(missing_ok=True)
-            (self.folder / "images").rmdir()
-            self.folder.rmdir()
 
     def _run(self, memory_bytes: int | None) -> None:
         from ckptools.render.loader import choose_device, free_memory_bytes
@@ -563,10 +563,11 @@ class _Run:
             picture = draw(pipeline, request)
             path = self.folder / "images" / f"{_file_name(name)}-{spot}.png"
             text = infotext(request.prompt, request.negative, picture.facts, model=name)
-            if not self.drawn and (count := clear_folder(self.folder, SCHEMA)):
+            if not self.drawn and (count := self.earlier.put_aside()):
                 self.notes.append(f"{count} files of an earlier sweep were replaced")
-            write_picture(picture.pixels, path, {"parameters": text})
             self.drawn.append(path)
+            path.parent.mkdir(exist_ok=True)
+            write_picture(picture.pixels, path, {"parameters": text})
             pictures.append(picture)
             images.append(path)
         return tuple(pictures), tuple(images)

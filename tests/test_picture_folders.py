@@ -11,15 +11,18 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ckptools
 from ckptools.cli import run
 from ckptools.errors import OutputError
-from ckptools.rendering.folder import check_folder, clear_folder
+from ckptools.render import files
+from ckptools.rendering.folder import Earlier, check_folder
 
 TINY = Path(ckptools.__file__).parent / "tiny"
+A = str(TINY / "A.safetensors")
 C = str(TINY / "C.safetensors")
 PROMPT = "a red circle on a navy background"
 FEW = ["--steps", "1", "--sampler", "DDIM", "--device", "cpu"]
@@ -70,7 +73,7 @@ def test_what_is_no_result_of_ours_is_refused(tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(OutputError, match="not empty"):
             check_folder(tmp_path, SCHEMA, force=False)
-        assert clear_folder(tmp_path, SCHEMA) == 0
+        assert Earlier(tmp_path, SCHEMA).put_aside() == 0
     check_folder(tmp_path, SCHEMA, force=True)
     assert names(tmp_path) >= {"holiday.png", "report.json"}
     with pytest.raises(OutputError, match="this is a file"):
@@ -87,9 +90,85 @@ def test_a_report_that_names_other_places_removes_nothing_there(tmp_path: Path) 
     (own / "images").mkdir()
     (own / "report.json").write_text(json.dumps({"schema": SCHEMA, "files": files}))
 
-    assert clear_folder(own, SCHEMA) == 1
+    with Earlier(own, SCHEMA) as earlier:
+        assert earlier.put_aside() == 1
+        assert "report.json" not in names(own)
     assert other.exists()
     assert names(own) == set()
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A folder with a result of two pictures, and one that is the user's."""
+    for name in ("a.png", "images/b.png", "mine.png"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(f"old {name}")
+    document = {"schema": SCHEMA, "files": ["a.png", "images/b.png"]}
+    (tmp_path / "out" / "report.json").write_text(json.dumps(document))
+    return tmp_path / "out"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize("end", ["an error", "a kill"])
+def test_an_earlier_result_comes_back_where_the_new_one_comes_to_nothing(
+    earlier: Path, end: str
+) -> None:
+    before = contents(earlier)
+    aside = Earlier(earlier, SCHEMA)
+    assert aside.put_aside() == 2
+    assert contents(earlier).keys() & before.keys() == {"mine.png"}
+    (earlier / "a.png").write_text("new, and half")
+
+    if end == "an error":
+        with pytest.raises(KeyboardInterrupt), aside:
+            raise KeyboardInterrupt
+    else:
+        check_folder(earlier, SCHEMA, force=False)  # by the next process
+    assert contents(earlier) == before
+
+
+def test_what_a_killed_process_put_aside_goes_where_the_new_result_stands(earlier: Path) -> None:
+    Earlier(earlier, SCHEMA).put_aside()
+    (earlier / "report.json").write_text(json.dumps({"schema": SCHEMA, "files": []}))
+
+    check_folder(earlier, SCHEMA, force=False)
+
+    assert contents(earlier).keys() == {"mine.png", "report.json"}
+
+
+@pytest.mark.parametrize("command", ["render", "sweep"])
+@pytest.mark.parametrize("at", ["before it is written", "after it is written"])
+def test_ctrl_c_at_the_first_picture_leaves_the_earlier_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, at: str
+) -> None:
+    out = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"ckptools: 1\nmodels: {{A: {A}, C: {C}}}\nparams: {{M: 0.5}}\n"
+        "merge: A * M + C * (1 - M)\noutput: {path: o.safetensors}\nsweep: {M: [0.5]}\n"
+    )
+    words = {
+        "render": ["render", C, *FEW, "-o", str(out), "--no-cache", "-q"],
+        "sweep": ["sweep", str(recipe), "-o", str(out), "--steps", "1", "--seed", "1", "-q"],
+    }[command]
+    assert run([*words, "-p" if command == "render" else "--prompt", PROMPT]) in (0, 1)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    genuine = files.write_picture
+
+    def interrupted(*arguments: Any) -> None:
+        if at == "after it is written":
+            genuine(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write_picture", interrupted)
+    assert run([*words, "-p" if command == "render" else "--prompt", "a star"]) == 130
+
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not (out / ".ckptools-earlier").exists()
 
 
 # --- render -------------------------------------------------------------------------------------

@@ -130,9 +130,11 @@ def save_image(image: Image, path: Path, texts: Mapping[str, str] | None = None)
     try:
         image.save(part, "PNG", pnginfo=chunks)
         part.replace(path)
-    except OSError as exc:
+    except BaseException as exc:
         part.unlink(missing_ok=True)
-        raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
+        if isinstance(exc, OSError):
+            raise OutputError(exc.strerror or str(exc), where=str(path)) from exc
+        raise
 
 
 def infotext(

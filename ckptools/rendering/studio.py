@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ckptools.errors import CkptError, Interrupted, OutputError
+from ckptools.interrupts import held_back
 from ckptools.manifest import version
 from ckptools.rendering.cache import Cache
-from ckptools.rendering.folder import check_folder, clear_folder
+from ckptools.rendering.folder import Earlier, check_folder
 from ckptools.rendering.judging import judge, measure
 from ckptools.rendering.orders import Order, settle
 from ckptools.rendering.records import SCHEMA, Check, Drawn, Progress, Rendering, Row, Subject
@@ -65,12 +66,15 @@ def render(
         except KeyboardInterrupt:
             interrupted = True
             if not studio.pictures:
+                studio.undo()
                 raise
         except (CkptError, OSError) as exc:
             if not studio.pictures:
+                studio.undo()
                 raise
             error = exc if isinstance(exc, CkptError) else _of_system(exc, folder)
             studio.notes.append(f"ended early: {error.what}")
+        studio.earlier.drop()
     rendering = Rendering(
         title=title,
         folder=folder,
@@ -149,7 +153,9 @@ class _Studio:
         self._progress, self._cache = progress, Cache(order) if use_cache else None
         self.rows: tuple[Row, ...] = ()
         self.pictures: dict[tuple[str, int], Drawn] = {}
+        self.earlier = Earlier(folder, SCHEMA)
         self._names: set[str] = set()
+        self._written: list[Path] = []
         self.notes: list[str] = []
         self.models: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
@@ -158,6 +164,13 @@ class _Studio:
         self._study: Study | None = None
         self._requests: list[Request] = []
         self._place = (order.device, order.dtype)
+
+    def undo(self) -> None:
+        """Leave the folder as it was."""
+        with held_back():
+            for path in self._written:
+                path.unlink(missing_ok=True)
+            self.earlier.bring_back()
 
     def draw_all(self) -> None:
         """Every subject's pictures, one subject resident at a time."""
@@ -354,8 +367,9 @@ class _Studio:
             model_hash=sha256s[0] if len(sha256s) == 1 else "",
             more={"Version": f"ckptools {version()}"},
         )
-        if not self.pictures and (count := clear_folder(self._folder, SCHEMA)):
+        if not self._written and (count := self.earlier.put_aside()):
             self.notes.append(f"{count} files of an earlier rendering were replaced")
+        self._written.append(path)
         write_picture(drawn.pixels, path, {"parameters": said})
         return path
 

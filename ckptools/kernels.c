@@ -29,8 +29,8 @@
 #define INLINE static inline
 #endif
 
-#define VERSION 3
-#define BLOCK 2048 /* elements at a time: a few blocks stay in the first cache */
+#define VERSION 4
+#define BLOCK 1024 /* elements at a time: a few blocks stay in the first cache */
 
 enum dtype { F16, BF16, F32, F64, TABLE };
 enum operation { LOAD, SCALE, ADD, SUBTRACT };
@@ -213,28 +213,6 @@ INLINE int store(const float *values, int64_t dtype, uint8_t *out, int64_t count
   }
 }
 
-/* One block in single precision; `memory` holds BLOCK numbers for each depth. */
-INLINE int block_in_singles(const struct step *steps, int64_t number, const struct read *reads,
-                            float *memory, int64_t dtype, uint8_t *out, int64_t begin,
-                            int64_t count, int wide) {
-  for (const struct step *step = steps; step < steps + number; step++) {
-    float *x = memory + (int64_t)step->depth * BLOCK;
-    const float *y = x + BLOCK, factor = (float)step->factor;
-    switch (step->operation) {
-      case LOAD: load(&reads[step->read], begin, x, count, wide); break;
-      case SCALE: for (int64_t i = 0; i < count; i++) x[i] *= factor; break;
-      case ADD: for (int64_t i = 0; i < count; i++) x[i] += y[i]; break;
-      default: for (int64_t i = 0; i < count; i++) x[i] -= y[i]; break;
-    }
-  }
-  if (dtype == F64) {
-    double *doubles = (double *)(memory + BLOCK); /* two blocks that are done with */
-    for (int64_t i = 0; i < count; i++) doubles[i] = memory[i];
-    return encode_f64(doubles, out + 8 * begin, count);
-  }
-  return store(memory, dtype, out + WIDTH[dtype] * begin, count, wide);
-}
-
 /* The single whose last bit says "not exact": what is rounded from it is as if from the double. */
 INLINE float to_odd(double value) {
   float nearest = (float)value;
@@ -246,23 +224,88 @@ INLINE float to_odd(double value) {
   return float_of((bits - over - under) | inexact);
 }
 
-/* One block in double precision; rounded once, whatever the result's width. */
-INLINE int block_in_doubles(const struct step *steps, int64_t number, const struct read *reads,
-                            double *memory, float *narrow, int64_t dtype, uint8_t *out,
-                            int64_t begin, int64_t count, int wide) {
-  for (const struct step *step = steps; step < steps + number; step++) {
+#if WIDE
+/* As `to_odd`, four at a time; how many were done. */
+WIDE_TARGET static int64_t round_to_odd_wide(const double *values, float *out, int64_t count) {
+  const __m256d sign = _mm256_set1_pd(-0.0);
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    __m256d value = _mm256_loadu_pd(values + i);
+    __m128 nearest = _mm256_cvtpd_ps(value);
+    __m256d back = _mm256_cvtps_pd(nearest);
+    /* all ones, which is -1, where it holds; the low half of each will do */
+    __m256d far = _mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, value),
+                                _CMP_GT_OQ);
+    __m256d inexact = _mm256_cmp_pd(back, value, _CMP_NEQ_OQ);
+    __m128 low_far = _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(far)),
+                                    _mm_castpd_ps(_mm256_extractf128_pd(far, 1)), 0x88);
+    __m128 low_inexact = _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(inexact)),
+                                        _mm_castpd_ps(_mm256_extractf128_pd(inexact, 1)), 0x88);
+    __m128i bits = _mm_add_epi32(_mm_castps_si128(nearest), _mm_castps_si128(low_far));
+    bits = _mm_or_si128(bits, _mm_and_si128(_mm_castps_si128(low_inexact), _mm_set1_epi32(1)));
+    _mm_storeu_ps(out + i, _mm_castsi128_ps(bits));
+  }
+  return i;
+}
+#endif
+
+/* x = y * factor, or x += or -= it: what most of a formula is, in one pass each. */
+INLINE void take(int32_t operation, double *x, const float *y, double factor, int64_t count) {
+  switch (operation) {
+    case LOAD: for (int64_t i = 0; i < count; i++) x[i] = y[i] * factor; break;
+    case ADD: for (int64_t i = 0; i < count; i++) x[i] += y[i] * factor; break;
+    default: for (int64_t i = 0; i < count; i++) x[i] -= y[i] * factor; break;
+  }
+}
+
+INLINE void take_doubles(int32_t operation, double *x, const uint8_t *data, double factor,
+                         int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    double y;
+    memcpy(&y, data + 8 * i, 8);
+    y *= factor;
+    x[i] = operation == LOAD ? y : operation == ADD ? x[i] + y : x[i] - y;
+  }
+}
+
+INLINE void round_to_odd(const double *values, float *out, int64_t count, int wide) {
+  int64_t i = 0;
+#if WIDE
+  if (wide) i = round_to_odd_wide(values, out, count);
+#endif
+  (void)wide;
+  for (; i < count; i++) out[i] = to_odd(values[i]);
+}
+
+/* One block, in double precision and rounded once, whatever the result's width. A LOAD takes the
+   SCALE and the sum that follow it along: the same operations in the same order. */
+INLINE int block(const struct step *steps, int64_t number, const struct read *reads,
+                 double *memory, float *narrow, int64_t dtype, uint8_t *out, int64_t begin,
+                 int64_t count, int wide) {
+  const struct step *end = steps + number;
+  for (const struct step *step = steps; step < end; step++) {
     double *x = memory + (int64_t)step->depth * BLOCK;
-    const double *y = x + BLOCK, factor = step->factor;
-    const struct read *read = &reads[step->read];
-    switch (step->operation) {
-      case LOAD:
-        if (read->dtype == F64) {
-          memcpy(x, read->data + 8 * begin, 8 * (size_t)count);
-          break;
-        }
+    if (step->operation == LOAD) {
+      const struct read *read = &reads[step->read];
+      const int32_t depth = step->depth;
+      double factor = 1.0;
+      int32_t operation = LOAD;
+      if (step + 1 < end && step[1].operation == SCALE && step[1].depth == depth)
+        factor = (++step)->factor;
+      if (step + 1 < end && step[1].operation >= ADD && step[1].depth == depth - 1) {
+        operation = (++step)->operation;
+        x -= BLOCK;
+      }
+      if (read->dtype == F64) {
+        take_doubles(operation, x, read->data + 8 * begin, factor, count);
+      } else {
         load(read, begin, narrow, count, wide);
-        for (int64_t i = 0; i < count; i++) x[i] = narrow[i];
-        break;
+        take(operation, x, narrow, factor, count);
+      }
+      continue;
+    }
+    const double *y = x + BLOCK, factor = step->factor;
+    switch (step->operation) {
       case SCALE: for (int64_t i = 0; i < count; i++) x[i] *= factor; break;
       case ADD: for (int64_t i = 0; i < count; i++) x[i] += y[i]; break;
       default: for (int64_t i = 0; i < count; i++) x[i] -= y[i]; break;
@@ -272,34 +315,32 @@ INLINE int block_in_doubles(const struct step *steps, int64_t number, const stru
   if (dtype == F32)
     for (int64_t i = 0; i < count; i++) narrow[i] = (float)memory[i];
   else
-    for (int64_t i = 0; i < count; i++) narrow[i] = to_odd(memory[i]);
+    round_to_odd(memory, narrow, count, wide);
   return store(narrow, dtype, out + WIDTH[dtype] * begin, count, wide);
 }
 
-INLINE int run(const struct step *steps, int64_t number, const struct read *reads, int64_t doubles,
-               void *memory, int64_t dtype, uint8_t *out, int64_t count, int wide) {
+INLINE int run(const struct step *steps, int64_t number, const struct read *reads, void *memory,
+               int64_t dtype, uint8_t *out, int64_t count, int wide) {
   float *narrow = memory;
+  double *doubles = (double *)memory + BLOCK;
   int odd = 0;
   for (int64_t begin = 0; begin < count; begin += BLOCK) {
     int64_t length = count - begin < BLOCK ? count - begin : BLOCK;
-    odd |= doubles ? block_in_doubles(steps, number, reads, (double *)memory + BLOCK, narrow, dtype,
-                                      out, begin, length, wide)
-                   : block_in_singles(steps, number, reads, narrow, dtype, out, begin, length, wide);
+    odd |= block(steps, number, reads, doubles, narrow, dtype, out, begin, length, wide);
   }
   return !odd;
 }
 
 static int run_anywhere(const struct step *steps, int64_t number, const struct read *reads,
-                        int64_t doubles, void *memory, int64_t dtype, uint8_t *out,
-                        int64_t count) {
-  return run(steps, number, reads, doubles, memory, dtype, out, count, 0);
+                        void *memory, int64_t dtype, uint8_t *out, int64_t count) {
+  return run(steps, number, reads, memory, dtype, out, count, 0);
 }
 
 #if WIDE
 WIDE_TARGET static int run_wide(const struct step *steps, int64_t number,
-                                const struct read *reads, int64_t doubles, void *memory,
-                                int64_t dtype, uint8_t *out, int64_t count) {
-  return run(steps, number, reads, doubles, memory, dtype, out, count, 1);
+                                const struct read *reads, void *memory, int64_t dtype,
+                                uint8_t *out, int64_t count) {
+  return run(steps, number, reads, memory, dtype, out, count, 1);
 }
 #endif
 
@@ -314,18 +355,17 @@ EXPORT int64_t ckptools_memory(int64_t depth) { return (depth + 3) * BLOCK * 8; 
 /* Make `count` elements of the output from as many of every read.
 
    steps    `number` of them; their result is in buffer 0
-   doubles  whether the arithmetic is double precision
    memory   `ckptools_memory` bytes, aligned to 8
    dtype    of the output: F16, BF16, F32 or F64
    portable whether to leave the processor's own fp16 conversions alone
    Returns whether all results are finite; a NaN or Inf of a read is one of the result. */
 EXPORT int64_t ckptools_mix(const struct step *steps, int64_t number, const struct read *reads,
-                            int64_t doubles, void *memory, int64_t dtype, uint8_t *out,
-                            int64_t count, int64_t portable) {
+                            void *memory, int64_t dtype, uint8_t *out, int64_t count,
+                            int64_t portable) {
 #if WIDE
   if (!portable && __builtin_cpu_supports("avx2")) /* then it has F16C, too */
-    return run_wide(steps, number, reads, doubles, memory, dtype, out, count);
+    return run_wide(steps, number, reads, memory, dtype, out, count);
 #endif
   (void)portable;
-  return run_anywhere(steps, number, reads, doubles, memory, dtype, out, count);
+  return run_anywhere(steps, number, reads, memory, dtype, out, count);
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIBRARY = "_kernels.so"
-_VERSION = 3  # of `kernels.c`
+_VERSION = 4  # of `kernels.c`
 _DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
 _TABLE = 4
 
@@ -49,10 +49,9 @@ class Step(ctypes.Structure):
 class Formula:
     """Steps as the kernels take them; the result is in buffer 0."""
 
-    def __init__(self, steps: Sequence[Step], dtypes: Sequence[str], *, doubles: bool) -> None:
+    def __init__(self, steps: Sequence[Step], dtypes: Sequence[str]) -> None:
         self.steps = (Step * len(steps))(*steps)
         self.dtypes = tuple(dtypes)
-        self.doubles = doubles
         self.depth = 1 + max(step.depth for step in steps)
 
 
@@ -64,7 +63,7 @@ class Kernels:
         self._mix = library.ckptools_mix
         self._mix.restype = integer
         self._mix.argtypes = [
-            pointer, integer, pointer, integer, pointer, integer, pointer, integer, integer
+            pointer, integer, pointer, pointer, integer, pointer, integer, integer
         ]  # fmt: skip
         self._memory = library.ckptools_memory
         self._memory.restype, self._memory.argtypes = integer, [integer]
@@ -100,7 +99,7 @@ class Kernels:
                 read.table = fp8_values(stored).ctypes.data
         return bool(
             self._mix(
-                formula.steps, len(formula.steps), reads, formula.doubles, memory.ctypes.data,
+                formula.steps, len(formula.steps), reads, memory.ctypes.data,
                 _DTYPES[dtype], out.ctypes.data, count, self._portable,
             )
         )  # fmt: skip

@@ -25,7 +25,7 @@ def is_plain(program: Program, dtype: str) -> bool:
     match program:
         case Copy() | PositionIds():
             return True
-        case Compute(whole=False, deltas=(), mix=mix, reads=reads):
+        case Compute(whole=False, deltas=(), mix=mix, reads=reads, precision="F64"):
             return (
                 KERNELS is not None
                 and dtype in _STORED
@@ -74,7 +74,7 @@ def _kernels() -> Kernels:
 @lru_cache(maxsize=256)
 def _formula(program: Compute) -> Formula:
     dtypes = [read.spec.dtype for read in program.reads]
-    return Formula([*_steps(program.mix, 0)], dtypes, doubles=program.precision == "F64")
+    return Formula([*_steps(program.mix, 0)], dtypes)
 
 
 def _steps(mix: Mix, depth: int) -> Iterator[Step]:

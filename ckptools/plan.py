@@ -1223,11 +1223,12 @@ def _needs_whole(mix: Mix) -> bool:
 
 
 def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precision:
-    """fp32, or fp64 where fp32 could not give the correctly rounded result."""
+    """fp64 where it costs little or fp32 could not give the correctly rounded result."""
     wide = {"F32", "F64"}
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
-    return "F64" if len(form.terms) > MAX_F32_TERMS else "F32"
+    is_linear = all(isinstance(leaf, str) for leaf, _ in form.terms)
+    return "F64" if is_linear or len(form.terms) > MAX_F32_TERMS else "F32"
 
 
 def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:

@@ -157,6 +157,7 @@ def compile_mix(
     Opposite coefficients are paired: A + 0.7·B - 0.7·C becomes A - 0.7·(C - B). Where B equals
     C the bracket is +0 whatever their size, -0.7 · +0 is -0, and A + -0 is A to the bit, the
     sign of its zeros included. A + 0.3·B + 0.9·D - 1.2·C becomes A - 0.3·(C - B) - 0.9·(C - D).
+    Equal coefficients are taken out: A/3 + B/3 + C/3 becomes (A + B + C)/3, whose ties are ties.
     """
     compiler = _Compiler(index, base, changes or {})
     return compiler.mix(form)
@@ -180,6 +181,10 @@ class _Compiler:
                 deltas.append((-abs(value), bracket))
             elif position not in partner:
                 alone.append((value, self.node(leaf)))
+        factors = {factor for factor, _ in alone}
+        if len(alone) > 1 and len(factors) == 1 and factors != {1.0}:
+            together = Mix(tuple((1.0, node) for _, node in alone))
+            return Mix(((factors.pop(), together), *deltas))
         return Mix((*alone, *deltas))
 
     def node(self, leaf: Leaf) -> Node:

@@ -588,13 +588,17 @@ def test_dtypes_by_component(abc: dict[str, Path], planned: Planned) -> None:
     }
 
 
-def test_results_in_fp32_are_computed_in_fp64(abc: dict[str, Path], planned: Planned) -> None:
-    narrow = find_step(planned(abc, "A * 0.5 + B * 0.5"), CONV_IN).program
-    wide = find_step(planned(abc, "A * 0.5 + B * 0.5", "", "o.safetensors, dtype: fp32"), CONV_IN)
-
-    assert isinstance(narrow, Compute)
-    assert isinstance(wide.program, Compute)
-    assert (narrow.precision, wide.program.precision) == ("F32", "F64")
+def test_linear_formulas_and_results_in_fp32_are_computed_in_fp64(
+    abc: dict[str, Path], planned: Planned
+) -> None:
+    found = []
+    for formula in ("A * 0.5 + B * 0.5", "slerp(A, B)"):
+        for dtype in ("fp16", "fp32"):
+            plan = planned(abc, formula, "", f"o.safetensors, dtype: {dtype}")
+            program = find_step(plan, CONV_IN).program
+            assert isinstance(program, Compute)
+            found.append(program.precision)
+    assert found == ["F64", "F64", "F32", "F64"]
 
 
 # --- families ----------------------------------------------------------------------------------

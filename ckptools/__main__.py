@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
+
+_INTERRUPTED = 130
 
 
 def main() -> NoReturn:
@@ -13,8 +17,16 @@ def main() -> NoReturn:
 
         command_line()
     except KeyboardInterrupt:  # while modules are loaded: nothing has begun
-        sys.stderr.write("interrupted; nothing was left behind\n")
-        sys.exit(130)
+        with suppress(KeyboardInterrupt):
+            sys.stderr.write("interrupted; nothing was left behind\n")
+    except SystemExit as exc:
+        if exc.code != _INTERRUPTED:
+            raise
+    # Python remembers an interruption that went through an `exec`, as of a dataclass, and would
+    # end `python -m` by the signal, whatever the exit code is.
+    with suppress(OSError, ValueError, KeyboardInterrupt):
+        sys.stdout.flush()
+    os._exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

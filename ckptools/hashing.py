@@ -45,7 +45,7 @@ from ckptools.family import detect, family_of
 from ckptools.manifest import HASH_KEY, HASH_PLACEHOLDER, version
 from ckptools.sources import open_checkpoint
 from ckptools.tensors import file_order
-from ckptools.writer import lay_out
+from ckptools.writer import is_shard, lay_out
 
 CHUNK = 1 << 21
 BUFFERS = 6
@@ -473,7 +473,10 @@ def _embedded(checkpoint: Checkpoint, measured: _Measured) -> tuple[EmbeddedHash
     metadata = checkpoint.metadata
     data = measured.sha256_data or ""
     found = []
-    if HASH_KEY in metadata:
+    if HASH_KEY in metadata and len(checkpoint.files) == 1 and is_shard(checkpoint.path):
+        reason = "it is of all shards together: ask about their index"
+        found.append(EmbeddedHash(HASH_KEY, metadata[HASH_KEY], "", "unchecked", reason))
+    elif HASH_KEY in metadata:
         found.append(_judged(HASH_KEY, metadata[HASH_KEY], f"0x{data}" if data else ""))
     if "sshs_model_hash" in metadata:
         found.append(_judged("sshs_model_hash", metadata["sshs_model_hash"], data))

@@ -131,7 +131,10 @@ class Values(_Sum):
         """Standard deviation of the population; NaN without finite values."""
         if not self.finite:
             return math.nan
-        return math.sqrt(max(self.sum_squares / self.finite - self.mean**2, 0.0))
+        if self.min == self.max:
+            return 0.0
+        variance = self.sum_squares / self.finite - self.mean * self.mean
+        return math.sqrt(variance) if not variance < 0.0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -436,6 +439,11 @@ class _Block:
         mask = self.scratch.array("?", half // 8)
         return not np.not_equal(one.view(np.uint64), two.view(np.uint64), out=mask).any()
 
+    @property
+    def is_long(self) -> bool:
+        """Whether both models hold integers that fp64 cannot tell apart."""
+        return self.dtypes in (("I64", "I64"), ("U64", "U64"))
+
     def decode(self, number: int, kind: str) -> NDArray[Any]:
         """One model's elements as `kind`, "f4" or "f8"; not to be written into."""
         out = np.empty(self.length, kind)
@@ -576,6 +584,9 @@ def _in_threads(
 
 _NEEDS_F64 = frozenset({"F64", "I32", "U32", "I64", "U64"})
 _F16_LIMIT = 2.0**32  # the square of what exponent 31 becomes
+# Where what is asked for is a small difference of fp32 sums, these are made in fp64:
+_ALIKE = 0.01  # B's squares beside A's, for what they have in common
+_SPREAD = 0.01  # the variance beside the squared mean
 _SMALLEST = {
     "F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E5M2": 2.0**-14,
     "F8_E4M3": 2.0**-6, "F8_E5M2FNUZ": 2.0**-15, "F8_E4M3FNUZ": 2.0**-7,
@@ -646,7 +657,8 @@ def _fast_pair(block: _Block) -> Pair | None:
     dots = _dots(wide, wide)
     chunks = block.size // _CHUNK
     a_squares, b_squares = sum(dots[:chunks]), sum(dots[chunks:])
-    if not _fits(block.dtypes, a_squares, b_squares):
+    small, large = sorted((a_squares, b_squares))
+    if not _fits(block.dtypes, a_squares, b_squares) or 0.0 < small < large * _ALIKE:
         return None
     # in place of A where it was decoded: what is in use then stays in the cache
     delta = np.subtract(wide[0], wide[1], out=block.scratch.array(kind, block.size))
@@ -658,7 +670,7 @@ def _fast_pair(block: _Block) -> Pair | None:
         return None
     return Pair(
         count=block.length,
-        changed=_count(bits),
+        changed=_count(bits) if not block.is_long else _changed_long(block),
         max_abs=max_abs,
         sum_abs=_sum(delta, kind),
         sum_squares=sum_squares,
@@ -668,15 +680,20 @@ def _fast_pair(block: _Block) -> Pair | None:
     )
 
 
+def _changed_long(block: _Block) -> int:
+    return _count(block.data(0).view("<u8") != block.data(1).view("<u8"))
+
+
 def _careful_pair(block: _Block) -> Pair:
     """The difference in one block, whatever it holds, in fp64."""
     a, b = block.decode(0, "f8"), block.decode(1, "f8")
     differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    changed = _count(differs) if not block.is_long else _changed_long(block)
     finite = np.isfinite(a) & np.isfinite(b)
     delta = np.abs(a[finite] - b[finite])
     return Pair(
         count=a.size,
-        changed=_count(differs),
+        changed=changed,
         nonfinite=a.size - _count(finite),
         max_abs=float(delta.max(initial=0.0)),
         sum_abs=float(delta.sum()),
@@ -705,6 +722,9 @@ def _fast_values(block: _Block) -> Values | None:
     if 0 < max(-low, high) < _TINY:
         return None
     total = _sum(padded, kind)
+    square = total * total / block.length  # of the mean, as often as there are values
+    if squares - square < square * _SPREAD:
+        return None
     # in place of the values where they were decoded: what is in use then stays in the cache
     size = np.abs(a, out=block.scratch.array(kind, block.length))
     zeros = block.length - _count(size.view(_BITS[kind]))

@@ -101,6 +101,7 @@ def place_of(plan: Plan) -> Place:
     opened = [s.checkpoint for s in plan.sources if not s.checkpoint.is_elsewhere]
     inputs = [file.path for checkpoint in opened for file in checkpoint.files]
     inputs += [checkpoint.path for checkpoint in opened]  # the index of shards
+    inputs.append(plan.recipe.path)
     return Place(plan.recipe.output_path, tuple(plan.outputs), tuple(inputs))
 
 
@@ -166,6 +167,6 @@ def existing_folder(folder: Path) -> Path:
 
 
 def _same_file(one: Path, other: Path) -> bool:
-    if one.exists():
+    if one.exists() and other.exists():  # a recipe in hand need not lie anywhere
         return one.samefile(other)
     return os.path.realpath(one) == os.path.realpath(other)

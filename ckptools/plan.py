@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -264,21 +264,22 @@ def make_plan(
 
 
 def outline_errors(outline: Outline, opener: Opener = open_checkpoint) -> Iterator[CkptError]:
-    """What is wrong with the components and selectors of a recipe that has other mistakes.
+    """What the models' files tell of a recipe that has other mistakes.
 
-    As far as the base tells, or, where it cannot be told which that is, the first whole model.
+    Which cannot be opened; and, of the base, what is wrong with components and selectors.
     """
     for ref in outline.models.values():
-        if is_hub_text(ref.path) or outline.base not in ("", ref.name):
+        if not ref.path or is_hub_text(ref.path):
             continue
         try:
-            source = open_source(ref, opener(outline.file_of(ref)))
-        except CkptError:  # the files that are missing are told already
+            checkpoint = opener(outline.file_of(ref))
+        except CkptError as exc:
+            yield from grouped([ref.blamed(one) for one in each_of(exc)])
             continue
-        with closing(source.checkpoint):
-            if outline.base or source.detection.kind in WHOLE_KINDS:
+        with closing(checkpoint), suppress(CkptError):  # an adapter: told where all else is right
+            source = open_source(ref, checkpoint) if ref.name == outline.base else None
+            if source is not None and source.detection.kind in WHOLE_KINDS:
                 yield from _family_errors(outline, source)
-                return
 
 
 def _family_errors(outline: Outline, base: Source) -> list[CkptError]:
@@ -286,15 +287,7 @@ def _family_errors(outline: Outline, base: Source) -> list[CkptError]:
     family = family_of(base.detection)
     if family is UNKNOWN:
         return []
-    errors = _component_errors(outline, family)
-    if not _lacks_compat(outline, family):
-        errors += _compile_params(outline, family, base)[1]
-    return errors
-
-
-def _lacks_compat(outline: Outline, family: Family) -> bool:
-    """Whether `compat:` is no mapping of this family: then selectors of blocks mean nothing."""
-    return outline.compat not in ("", *family.compat)
+    return _component_errors(outline, family) + _compile_params(outline, family, base)[1]
 
 
 def _component_errors(outline: Outline, family: Family) -> list[CkptError]:
@@ -316,7 +309,7 @@ def _component_errors(outline: Outline, family: Family) -> list[CkptError]:
         for component in outline.output.dtypes
         if component not in (*known, "default")
     ]
-    if _lacks_compat(outline, family):
+    if outline.compat not in ("", *family.compat):
         errors.append(
             RecipeError(
                 f"compat: {family.id} has no mapping {outline.compat!r}",
@@ -334,10 +327,11 @@ def _compile_params(
     mergeable = [name for name, own in base.names.items() if base.checkpoint[own].is_float]
     own = [name for name in mergeable if family.component_of(name) not in outline.take]
     weights = {lora_weight(name) for name in outline.models}
+    compat = outline.compat if outline.compat in family.compat else ""
     found: dict[str, CompiledParam] = {}
     errors: list[CkptError] = []
     for ref in outline.params.values():
-        if outline.used is not None and ref.name not in outline.used:
+        if ref.name not in outline.used:
             continue
         is_weight = ref.name in weights
         try:
@@ -348,7 +342,7 @@ def _compile_params(
                 lines = (_UNSAID, *lines)
             found[ref.name] = compile_param(
                 Param(lines), name_of_param=ref.name, family=family,
-                names=mergeable if is_weight else own, compat=outline.compat,
+                names=mergeable if is_weight else own, compat=compat,
                 taken=() if is_weight else tuple(outline.take), own=base.names,
             )  # fmt: skip
         except CkptError as exc:
@@ -391,8 +385,6 @@ class _Planner:
         recipe = self.recipe
         self._check_families()
         self.errors += _component_errors(recipe.outline, self.family)
-        if _lacks_compat(recipe.outline, self.family):
-            raise_all(self.errors)
         self._match_taken()
         names = self._output_names()
         self._compile_params()

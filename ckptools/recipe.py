@@ -21,10 +21,8 @@ from typing import TypeVar
 
 import yaml
 
-from ckptools.checkpoint import open_file
 from ckptools.errors import (
     CkptError,
-    InputError,
     ManyErrors,
     OutputError,
     RecipeError,
@@ -193,8 +191,9 @@ class Publish:
 class Outline:
     """What a recipe says that a family's names decide about, whether or not the rest holds.
 
-    base   the model that gives the names; "" where that cannot be told
-    used   the names that the formula uses; None where it cannot be read
+    base   the model that gives the names, or the first in a formula that cannot be read; "" where
+           there is no telling
+    used   the names that the formula uses
     params  those whose numbers could be read
     Everything else is as in `Recipe`.
     """
@@ -203,7 +202,7 @@ class Outline:
     models: Mapping[str, ModelRef]
     params: Mapping[str, ParamRef]
     base: str
-    used: frozenset[str] | None
+    used: Collection[str]
     take: Mapping[str, tuple[str, str]]
     output: Output
     compat: str
@@ -263,9 +262,9 @@ class Recipe:
     @property
     def outline(self) -> Outline:
         """What a family's names decide about."""
-        used = frozenset(used_names(self.result, self.scope))
+        used = used_names(self.result, self.scope)
         return Outline(
-            self.path, self.models, self.params, self.base, used, self.take, self.output,
+            self.path, self.models, self.params, self.base, {*used}, self.take, self.output,
             self.compat, self.compat_where,
         )  # fmt: skip
 
@@ -858,14 +857,18 @@ def parse_recipe(
     params, weights = _set_params(reader, params, weights, overrides or {})
     errors: list[CkptError] = [*reader.all_errors()]
     if errors and further:  # else whoever opens the files tells
-        used = None if merge is None else frozenset(used_names(merge, scope)) | weights.keys()
-        base = base or ("" if merge is None else base_model(merge, scope))
+        words = _words(keys.get("merge"), keys.get("let"))
+        used = words if merge is None else used_names(merge, scope)
+        if merge is not None:
+            base = base or base_model(merge, scope)
+        elif not any(scope.methods[word].kinds for word in words if word in scope.methods):
+            base = base or next((word for word in words if word in models), "")
         numbers = {n: ref for n, ref in (params | weights).items() if n not in reader.broken}
         outline = Outline(
-            path, models | loras, numbers, base, used, take, target or Output(), compat,
-            compat_where,
+            path, models | loras, numbers, base, {*used, *weights}, take, target or Output(),
+            compat, compat_where,
         )  # fmt: skip
-        errors += [*_missing_files(path, models | loras), *further(outline)]
+        errors += further(outline)
     raise_all(sorted(errors, key=_line))  # the rest leans on names and types that hold
     if merge is None or target is None:
         raise AssertionError("a missing key is an error above")
@@ -900,15 +903,19 @@ def parse_recipe(
     )
 
 
-def _missing_files(recipe: Path, models: Mapping[str, ModelRef]) -> Iterator[CkptError]:
-    for ref in models.values():
-        path = _beside(recipe, ref.path)
-        if is_hub_text(ref.path) or os.access(path, os.F_OK):
-            continue
-        try:
-            open_file(path).close()
-        except InputError as exc:
-            yield ref.blamed(exc)
+def _words(*nodes: yaml.Node | None) -> list[str]:
+    """Every name in the formulas below some nodes, whether or not they can be read, in order."""
+    texts = [node.value for root in nodes if root is not None for node in _scalars(root)]
+    return [word for text in texts for word in re.findall(r"[^\W\d]\w*", text)]
+
+
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    """The text below a node, keys left out."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _scalars(value)
 
 
 def _check_version(reader: _Reader, node: yaml.Node | None) -> None:
@@ -1402,6 +1409,12 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
             keys["path"],
             f"the output {path!r} does not end in .safetensors",
             f"write {str(Path(path).with_suffix('.safetensors'))!r}",
+        )
+    if re.match(r"[A-Za-z][\w+.-]+:/", path):
+        reader.error(
+            keys["path"],
+            f"the output {path!r} is no path of this machine",
+            "write a file here; `ckptools publish` puts it on the Hub",
         )
     if path.startswith("~") and expanded(path) == Path(path):
         reader.error(

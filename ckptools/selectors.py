@@ -290,7 +290,12 @@ def _matches_nothing(line: ParamLine, grounds: _Grounds) -> RecipeError:
         held = ", ".join(grounds.held_components)
         return RecipeError(what, where=line.where, fix=f"leave it out; this model holds {held}")
     fix = "a glob must fit the whole name: put '*' at either end"
-    if grounds.glob(f"*{selector}*"):
+    part = selector.strip("*").rstrip(".")
+    if selector.split()[1:]:
+        fix = "a glob stands alone: give each word a line of its own"
+    elif part in (*grounds.known_components, *grounds.family.blocks):
+        fix = f"did you mean {part!r}?"
+    elif grounds.glob(f"*{selector}*"):
         fix = f"a glob must fit the whole name: '*{selector.strip('*')}*' does"
     elif grounds.glob(f"*{selector.lower()}*"):
         fix = f"globs are case-sensitive: {selector.lower()!r} matches"

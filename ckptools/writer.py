@@ -11,6 +11,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -117,6 +118,14 @@ def shard_paths(path: Path, count: int) -> list[Path]:
         path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.safetensors")
         for number in range(1, count + 1)
     ]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is named as one of several: what its header says is of all together."""
+    return _SHARD.search(path.name) is not None
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def index_path(path: Path) -> Path:
@@ -390,7 +399,6 @@ class PartFolder:
         try:
             with held_back():
                 self._close()
-                (self.part / self._LOCK).unlink()
                 if old:
                     self.path.replace(old)
                 try:
@@ -399,6 +407,7 @@ class PartFolder:
                     if old:
                         old.replace(self.path)
                     raise
+                (self.path / self._LOCK).unlink()  # last: by it the next run knows the part
         except OSError as exc:
             _remove(self.part)
             raise output_error(exc, self.path) from exc
@@ -495,6 +504,12 @@ def output_error(exc: OSError, path: Path) -> OutputError:
             where=str(path),
             fix="write smaller files (`shard_size: 2GB` of `output`, `--shard-size 2GB` of "
             "`convert`), write to another disk, or raise the limit (`ulimit -f unlimited`)",
+        )
+    if exc.errno in (errno.EMFILE, errno.ENFILE):
+        return OutputError(
+            "more files than a process may have open here",
+            where=str(path),
+            fix="write larger shards (`shard_size`), or raise the limit (`ulimit -n`)",
         )
     return OutputError(f"cannot be written: {exc.strerror or exc}", where=str(path))
 

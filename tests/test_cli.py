@@ -339,22 +339,27 @@ def test_what_the_models_family_decides_comes_with_other_mistakes(
     recipe.write_text(recipe.read_text().replace("* M", "* M + Z") + "compat: a1112\n")
     assert run([command, str(recipe)]) == 2
     shown = capsys.readouterr().err
-    for part in (*parts[1:], "unknown name 'Z'", "no mapping 'a1112'"):
+    for part in (*parts, "unknown name 'Z'", "no mapping 'a1112'"):
         assert part in shown
-    assert "IN22" not in shown, "what a block is, `compat` says"
 
 
-def test_a_formula_that_cannot_be_read_leaves_all_numbers_to_be_checked(
+def test_numbers_of_a_formula_that_cannot_be_read_are_checked(
     recipe: Path, capsys: Captured
 ) -> None:
-    """Against the first model that opens and is of a family."""
-    text = recipe.read_text().replace("M: 0.5", "M: {default: 1, IN22: 0}")
-    recipe.write_text(text.replace("merge: ", "merge: (").replace("models:", "models:\n  Z: z.pt"))
+    """Those it names, against the first model that it names; and files that are no models."""
+    (recipe.parent / "vae.safetensors").write_text("<!doctype html><html>")
+    text = recipe.read_text().replace("M: 0.5", "M: {default: 1, IN22: 0}, L: {unte: 1}")
+    text = text.replace("models:", "models:\n  V: vae.safetensors\n  Z: z.pt")
+    recipe.write_text(text.replace("merge: ", "merge: ("))
     assert run(["plan", str(recipe)]) == 2
     shown = capsys.readouterr().err
-    assert shown.count("error: ") == 3
-    assert "z.pt" in shown
-    assert "no block 'IN22'" in shown
+    assert shown.count("error: ") == 4
+    for part in ("HTML", "z.pt", "no block 'IN22'", "never closed"):
+        assert part in shown
+
+    recipe.write_text(text.replace("merge: ", "merge: transfer_control(V, B, C) + "))
+    assert run(["plan", str(recipe)]) == 2
+    assert "IN22" not in capsys.readouterr().err, "blocks of a ControlNet, or of what it is for?"
 
     recipe.write_text(re.sub("[ABC]: .*safetensors", "A: hf://owner/name/a.safetensors", text))
     assert run(["plan", str(recipe)]) == 2
@@ -375,6 +380,45 @@ def test_what_follows_from_a_number_that_cannot_be_read_is_not_told(
     recipe.write_text(re.sub("A: .*", "A: gone.safetensors", text).replace("M: 0.5", "M: a"))
     assert run(["plan", str(recipe)]) == 2
     assert capsys.readouterr().err.count("error: ") == 2, "nor what another model than the base has"
+
+
+@pytest.mark.parametrize("place", ["hf://owner/name/x.safetensors", "s3://b/x.safetensors"])
+def test_an_output_elsewhere_is_refused(recipe: Path, capsys: Captured, place: str) -> None:
+    assert run(["merge", str(recipe), "-q", "-o", place]) == 2
+    assert "is no path of this machine" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("out.safetensors", f'"{place}"'))
+    assert run(["merge", str(recipe), "-q"]) == 2
+    assert "`ckptools publish` puts it on the Hub" in capsys.readouterr().err
+    assert {path.name for path in recipe.parent.iterdir()} == {"recipe.yaml"}
+
+
+def test_a_recipe_is_not_replaced_by_its_output(recipe: Path, capsys: Captured) -> None:
+    named = recipe.rename(recipe.with_suffix(".safetensors"))
+    text = named.read_text()
+
+    assert run(["merge", str(named), "-q", "-f", "-o", str(named)]) == 2
+
+    assert "is one of the inputs" in capsys.readouterr().err
+    assert named.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("selector", "fix"),
+    [
+        ("unet.*", "did you mean 'unet'?"),
+        ("vae*", "did you mean 'vae'?"),
+        ("text_encoder.*", "did you mean 'text_encoder'?"),
+        ("IN01*", "did you mean 'IN01'?"),
+        ("IN00-IN03 vae *attn2*", "a glob stands alone: give each word a line of its own"),
+        ("*attn1* *attn2*", "a glob stands alone: give each word a line of its own"),
+    ],
+)
+def test_a_glob_over_what_is_no_part_of_a_name(
+    recipe: Path, capsys: Captured, selector: str, fix: str
+) -> None:
+    recipe.write_text(recipe.read_text().replace("M: 0.5", f'M: {{default: 1, "{selector}": 0}}'))
+    assert run(["plan", str(recipe)]) == 2
+    assert fix in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="locales are named as on Linux")
@@ -680,7 +724,8 @@ def test_the_caret_of_a_formula_stands_below_its_column(tmp_path: Path, capsys: 
     assert run(["plan", str(path)]) == 2
 
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1].index("Q") == lines[2].index("^")
+    at = next(number for number, line in enumerate(lines) if line.endswith("A + Q"))
+    assert lines[at].index("Q") == lines[at + 1].index("^")
 
 
 @pytest.mark.parametrize(

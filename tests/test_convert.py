@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -571,6 +573,34 @@ def test_a_killed_run_is_taken_over_and_a_strangers_folder_is_not(
 
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert not list((tmp_path / "folder").rglob("*half*"))
+
+
+def test_a_process_killed_while_a_folder_is_replaced_loses_nothing(
+    sd1: Path, tmp_path: Path
+) -> None:
+    """The old folder is put aside then, and the new one is taken over by the next run."""
+    folder = tmp_path / "folder"
+    convert(Request(sd1, folder))
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from ckptools.cli import run\n"
+        "genuine = Path.replace\n"
+        "def killed(self, target):\n"
+        "    genuine(self, target)\n"
+        "    if target.name == 'folder.old':\n"
+        "        os._exit(9)\n"
+        "Path.replace = killed\n"
+        "run(['convert', sys.argv[1], sys.argv[2], '-f', '-q'])\n"
+    )
+    words = [sys.executable, "-c", script, str(sd1), str(folder)]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.old", "folder.part"}
+
+    convert(Request(sd1, folder))
+
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.old", "folder"}
+    assert not [*folder.rglob(".ckptools-lock")]
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "mine/notes.txt"])

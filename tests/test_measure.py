@@ -250,6 +250,55 @@ def test_integers_and_complex_numbers_are_compared(tmp_path: Path) -> None:
     assert pair_of(tmp_path, c, 2 * c).changed > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_long_integers_that_fp64_cannot_tell_apart_differ(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    a = torch.tensor([2**60, 2**53 + 1, 7], dtype=dtype)
+    b = torch.tensor([2**60 + 1, 2**53, 7], dtype=dtype)
+
+    found = pair_of(tmp_path, a, b)
+
+    assert (found.changed, found.same_bits) == (2, False)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_models_of_very_different_sizes_have_the_right_angle(dtype: str, tmp_path: Path) -> None:
+    a, b = noise(LONG, 1, dtype) * 1e-3, noise(LONG, 2, dtype) * 20
+
+    found = pair_of(tmp_path, a, b)
+
+    dot = float(a.double() @ b.double())
+    size = float(a.double().norm() * b.double().norm())
+    assert found.dot / size == pytest.approx(dot / size, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "dtype"),
+    [(1.0, 0.001, "F16"), (1000.0, 0.01, "F32"), (1.0, 0.02, "BF16"), (-0.1, 0.0, "F16")],
+)
+def test_the_spread_of_values_far_from_zero(
+    mean: float, std: float, dtype: str, tmp_path: Path
+) -> None:
+    values = (mean + noise(LONG, 1, "F64") * (std / 0.05)).to(torch_dtype(dtype))
+    (source,) = saved(tmp_path, A={"w": values})
+
+    found = measure_values(measure.rows_of([source], ["w"]))["w"]
+
+    wanted = float(values.double().std(correction=0))
+    assert found.std == pytest.approx(wanted, rel=1e-4, abs=1e-12)
+
+
+def test_squares_beyond_fp64_are_no_traceback(tmp_path: Path) -> None:
+    values = torch.tensor([1e200, 2e200], dtype=torch.float64)
+    (source,) = saved(tmp_path, A={"w": values})
+
+    found = measure_values(measure.rows_of([source], ["w"]))["w"]
+
+    assert found.norm == math.inf
+    assert not math.isfinite(found.std)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_statistics_of_one_model(dtype: str, tmp_path: Path) -> None:
     w = noise(LONG // 4, 3, dtype).double()

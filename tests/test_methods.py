@@ -541,3 +541,15 @@ def test_the_tensor_of_bytes_is_the_tensor() -> None:
     tensor = noise((3, 4), 1, torch.bfloat16)
 
     assert torch.equal(tensor_of(bytes_of(tensor), TensorSpec("w", "BF16", (3, 4))), tensor)
+
+
+def test_model_stock_hands_a_nan_on() -> None:
+    """Where it is accepted at all, the angle that it has part in is none."""
+    base, d = noise((100,), 1), noise((100,), 2)
+    a, b = base + d, base + d * 0.9
+    a[0] = math.nan
+
+    method = load_methods()["model_stock"]
+
+    assert method.function(a, b, base=base).isnan().all()
+    assert torch.equal(method.function(base, base.clone(), base=base), base)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptools.cli import run
 from ckptools.errors import InputError, UsageError
+from ckptools.hashing import hash_source
 from ckptools.report import safe
 from ckptools.soundness import Soundness, verify_source
 
@@ -359,6 +360,10 @@ def test_shards_have_one_manifest(merged: Path) -> None:
     found = verify_source(index, deep=True)
     assert found.valid
     assert set(found.checked) >= {"manifest", "values", "modelspec.hash_sha256"}
+
+    for shard in merged.parent.glob("s-*.safetensors"):  # whose headers speak of all of them
+        assert verify_source(shard, deep=True).valid
+        assert {x.verdict for x in hash_source(shard, use_cache=False).embedded} == {"unchecked"}
 
     with_byte(sorted(merged.parent.glob("s-*.safetensors"))[1], -1)
     found = verify_source(index, deep=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -114,6 +115,12 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
     from ckptools.plan import outline_errors
     from ckptools.recipe import load_recipe
 
+    if output is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(output)):
+        raise UsageError(
+            f"the output {str(output)!r} is no path of this machine",
+            where="--output",
+            fix="write a file here; `ckptools publish` puts it on the Hub",
+        )
     if output is not None and output.suffix != ".safetensors":
         raise UsageError(
             f"the output {str(output)!r} does not end in .safetensors",

@@ -31,11 +31,11 @@ def model_stock(*models: Tensor, base: Tensor) -> Tensor:
     cosines = []
     for (i, one), (j, other) in combinations(enumerate(models), 2):
         size = math.sqrt(squares[i] * squares[j])
-        cosines.append(_delta_dot(one, other, base) / size if size > 0.0 else 0.0)
-    cosine = max(0.0, sum(cosines) / len(cosines))
-    ratio = count * cosine / (1.0 + (count - 1) * cosine)
-    if ratio == 0.0:
+        cosines.append(_delta_dot(one, other, base) / size if size != 0.0 else 0.0)
+    cosine = sum(cosines) / len(cosines)
+    if cosine <= 0.0:
         return base
+    ratio = count * cosine / (1.0 + (count - 1) * cosine)  # NaN where a model holds one
     total = models[0] - base
     for model in models[1:]:
         total = total + (model - base)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
 _INTERRUPTED = 130
@@ -12,6 +14,7 @@ _INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Run the command line and exit with its code; 130 for an interruption, as shells have it."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         from ckptools.cli import main as command_line
 
@@ -27,6 +30,11 @@ def main() -> NoReturn:
     with suppress(OSError, ValueError, KeyboardInterrupt):
         sys.stdout.flush()
     os._exit(_INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A polite kill, as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

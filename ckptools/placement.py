@@ -118,10 +118,11 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
         yield problem.at(where)
     folder = existing_folder(plan.recipe.output_path.parent)
     if not folder.is_dir():
-        yield OutputError(f"{str(folder)!r} is not a folder", where=where)
+        yield OutputError(f"{str(folder)!r} is not a folder", where=where, fix="write elsewhere")
         return
     if not os.access(folder, os.W_OK):
-        yield OutputError(f"the folder {str(folder)!r} cannot be written to", where=where)
+        what = f"the folder {str(folder)!r} cannot be written to"
+        yield OutputError(what, where=where, fix="check its rights, or write elsewhere")
     too_full = room_problem(folder, plan.file_bytes)
     if too_full:
         yield too_full.at(where)

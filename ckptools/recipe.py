@@ -1394,7 +1394,8 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
         return None if given is None else _elsewhere(Output(), given)
     if isinstance(node, yaml.ScalarNode) and node.value:
         what = f"output must be a mapping, it is {_shape(node)}"
-        reader.error(node, what, f"write `output: {{path: {node.value}}}`")
+        path = node.value if node.value.endswith(".safetensors") else "merged.safetensors"
+        reader.error(node, what, f"write `output: {{path: {path}}}`")
         return None
     keys = reader.known(node, "output", OUTPUT_KEYS, needless={"path"} if given else ())
     path = (reader.text(keys["path"], "output path") if "path" in keys else "") or ""

@@ -325,11 +325,13 @@ def _fill(view: _View, folder: Folder, warnings: list[str]) -> None:
         agree = whole and all(mapped.specs == whole[0].specs for mapped in whole)
         chosen = whole[0] if agree else None
     if chosen is None:
+        is_alone = len(folder) == 1  # such a file keeps its names
         for component, tensors in folder.items():
             for name, part in tensors.items():
-                named = f"{component}.{name}"
+                named = name if is_alone else f"{component}.{name}"
                 view.add(replace(part.spec, name=named), part.extents)
-        warnings.append("no known family: tensors are called <component>.<tensor>")
+        if not is_alone:
+            warnings.append("no known family: tensors are called <component>.<tensor>")
         return
     raise_all(chosen.errors)
     for name, spec in chosen.specs.items():

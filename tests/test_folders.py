@@ -296,6 +296,17 @@ def test_a_vae_and_a_text_encoder_alone_make_a_part(sd1: Tensors, tmp_path: Path
         assert checkpoint.warnings == ("no known family: tensors are called <component>.<tensor>",)
 
 
+def test_a_component_of_no_known_family_keeps_its_names(tmp_path: Path) -> None:
+    """What is merged by names alone has the names that it had."""
+    odd = {"conv_in.weight": torch.ones(3, 7), "odd.weight": torch.ones(3)}
+    write_folder(tmp_path / "F", {"unet": odd})
+
+    for path in (tmp_path / "F", tmp_path / "F" / "unet", *(tmp_path / "F" / "unet").glob("*.s*")):
+        with open_checkpoint(path) as checkpoint:
+            assert {*checkpoint} == {*odd}
+            assert not checkpoint.warnings
+
+
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
 

@@ -131,6 +131,30 @@ def test_an_earlier_result_comes_back_where_the_new_one_comes_to_nothing(
     assert contents(earlier) == before
 
 
+@pytest.mark.parametrize("moves", range(3))
+def test_a_kill_between_two_moves_loses_nothing(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    before = contents(earlier)
+    genuine, left = Path.replace, [moves]
+
+    def killed(self: Path, target: Path) -> Path:
+        if not left[0]:
+            raise SystemExit
+        left[0] -= 1
+        return genuine(self, target)
+
+    for act in (Earlier.put_aside, Earlier.bring_back):
+        left[0] = moves
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(SystemExit):
+                act(Earlier(earlier, SCHEMA))
+        check_folder(earlier, SCHEMA, force=False)  # by the next process
+        assert contents(earlier) == before
+        Earlier(earlier, SCHEMA).put_aside()
+
+
 def test_what_a_killed_process_put_aside_goes_where_the_new_result_stands(earlier: Path) -> None:
     Earlier(earlier, SCHEMA).put_aside()
     (earlier / "report.json").write_text(json.dumps({"schema": SCHEMA, "files": []}))

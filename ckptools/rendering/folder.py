@@ -65,7 +65,8 @@ class Earlier:
         there = [name for name in names if (self._folder / name).is_file()]
         if listed is not None:
             with held_back():
-                _move([*there, REPORT], self._folder, self._aside)  # the report last: it lists them
+                # the report first: while it is here, what was put aside is of no use any more
+                _move([REPORT, *there], self._folder, self._aside)
         return len(there)
 
     def bring_back(self) -> None:

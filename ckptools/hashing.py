@@ -473,7 +473,7 @@ def _embedded(checkpoint: Checkpoint, measured: _Measured) -> tuple[EmbeddedHash
     metadata = checkpoint.metadata
     data = measured.sha256_data or ""
     found = []
-    if HASH_KEY in metadata and len(checkpoint.files) == 1 and is_shard(checkpoint.path):
+    if HASH_KEY in metadata and is_shard(checkpoint.path):
         reason = "it is of all shards together: ask about their index"
         found.append(EmbeddedHash(HASH_KEY, metadata[HASH_KEY], "", "unchecked", reason))
     elif HASH_KEY in metadata:

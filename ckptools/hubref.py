@@ -67,6 +67,14 @@ def is_hub_text(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
+def is_address(text: str) -> bool:
+    """Whether a text names a place beyond this machine, as hf:// and s3:// do."""
+    return re.match(r"[A-Za-z][\w+.-]+:/", text) is not None
+
+
+ADDRESS_FIX = "write a file here; `ckptools publish` puts it on the Hub"  # of an output
+
+
 def parse_hub_ref(text: str, revision: str = "") -> HubRef:
     """Read `hf://owner/repo[/file][@revision]`; `hf://owner/repo@revision/file` is understood, too.
 

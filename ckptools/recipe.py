@@ -47,7 +47,7 @@ from ckptools.formula import (
     unknown_name,
     used_names,
 )
-from ckptools.hubref import is_hub_text, parse_hub_ref
+from ckptools.hubref import ADDRESS_FIX, is_address, is_hub_text, parse_hub_ref
 from ckptools.lora.dora import Reading
 from ckptools.methods import load_methods
 from ckptools.selectors import ParamLine
@@ -1411,12 +1411,9 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
             f"the output {path!r} does not end in .safetensors",
             f"write {str(Path(path).with_suffix('.safetensors'))!r}",
         )
-    if re.match(r"[A-Za-z][\w+.-]+:/", path):
-        reader.error(
-            keys["path"],
-            f"the output {path!r} is no path of this machine",
-            "write a file here; `ckptools publish` puts it on the Hub",
-        )
+    if is_address(path):
+        what = f"the output {path!r} is no path of this machine"
+        reader.error(keys["path"], what, ADDRESS_FIX)
     if path.startswith("~") and expanded(path) == Path(path):
         reader.error(
             keys["path"], f"there is no user {Path(path).parts[0][1:]!r}", "write the path in full"

@@ -348,8 +348,7 @@ def _check_hashes(
         if not whole.hexdigest().startswith(sha256):
             message = f"the sha256 is {whole.hexdigest()}, not {sha256}"
             found.problems.append(Problem("sha256", message))
-    is_alone = len(checkpoint.files) == 1 and is_shard(checkpoint.path)
-    if HASH_KEY in checkpoint.metadata and None not in starts and not is_alone:
+    if HASH_KEY in checkpoint.metadata and None not in starts and not is_shard(checkpoint.path):
         _check_embedded(checkpoint, total.hexdigest(), found)
     for written, told in manifest.items():
         if data[written].hexdigest() != told:

@@ -131,6 +131,17 @@ def test_an_earlier_result_comes_back_where_the_new_one_comes_to_nothing(
     assert contents(earlier) == before
 
 
+def test_a_link_to_other_peoples_files_moves_none(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a.png").write_text("")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".ckptools-earlier").symlink_to(tmp_path / "precious")
+
+    check_folder(tmp_path / "out", SCHEMA, force=True)
+
+    assert (tmp_path / "precious" / "a.png").exists()
+
+
 @pytest.mark.parametrize("moves", range(3))
 def test_a_kill_between_two_moves_loses_nothing(
     earlier: Path, monkeypatch: pytest.MonkeyPatch, moves: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -112,15 +111,13 @@ def output_option(function: F) -> F:
 def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None) -> Any:
     """The recipe with the command line's changes."""
     from ckptools.errors import UsageError
+    from ckptools.hubref import ADDRESS_FIX, is_address
     from ckptools.plan import outline_errors
     from ckptools.recipe import load_recipe
 
-    if output is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(output)):
-        raise UsageError(
-            f"the output {str(output)!r} is no path of this machine",
-            where="--output",
-            fix="write a file here; `ckptools publish` puts it on the Hub",
-        )
+    if output is not None and is_address(str(output)):
+        what = f"the output {str(output)!r} is no path of this machine"
+        raise UsageError(what, where="--output", fix=ADDRESS_FIX)
     if output is not None and output.suffix != ".safetensors":
         raise UsageError(
             f"the output {str(output)!r} does not end in .safetensors",

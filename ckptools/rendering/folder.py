@@ -71,7 +71,7 @@ class Earlier:
 
     def bring_back(self) -> None:
         """Move it back to where it was."""
-        if self._aside.is_dir():
+        if self._aside.is_dir() and not self._aside.is_symlink():  # a folder may be anybody's
             with held_back():
                 names = [x.relative_to(self._aside).as_posix() for x in self._aside.rglob("*")
                          if x.is_file()]  # fmt: skip

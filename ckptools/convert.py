@@ -29,6 +29,7 @@ from ckptools.errors import (
     OutputError,
     UsageError,
     closest,
+    counted,
     nearest,
     raise_all,
 )
@@ -274,7 +275,7 @@ class _Planner:
         self._check_components(components)
         self._check_codes()
         self.warnings += [
-            f"the {component} is incomplete: it lacks {len(lacking):,} tensors, such as "
+            f"the {component} is incomplete: it lacks {counted(len(lacking), 'tensor')}, such as "
             f"{lacking[0]}"
             for component, lacking in incomplete_parts(self.detection, self.checkpoint).items()
             if self.request.component in ("", component)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptools.checkpoint import Checkpoint
-from ckptools.errors import InputError
+from ckptools.errors import InputError, counted
 from ckptools.family import Detection, Family, detect, family_of
 from ckptools.hubref import is_local
 from ckptools.quantised import quantised_in
@@ -363,9 +363,10 @@ def _missing_in_words(found: Difference) -> list[str]:
     for side, other, names in (("A", "B", found.only_a), ("B", "A", found.only_b)):
         ema = [name for name in names if name.startswith("model_ema.")]
         if ema:
-            notes.append(f"{side} has an EMA copy of the UNet ({len(ema):,} tensors), {other} not")
+            copy = counted(len(ema), "tensor")
+            notes.append(f"{side} has an EMA copy of the UNet ({copy}), {other} not")
         if rest := len(names) - len(ema):
-            notes.append(f"{rest:,} tensors are only in {side}")
+            notes.append(f"{counted(rest, 'tensor', 'is')} only in {side}")
     for name, x, y in found.reshaped:
         if name in found.family.input_tensors and len(x.shape) > 1:
             variants = (found.a.detection.variant, found.b.detection.variant)
@@ -375,7 +376,7 @@ def _missing_in_words(found: Difference) -> list[str]:
             )
     others = [name for name, _, _ in found.reshaped if name not in found.family.input_tensors]
     if others:
-        notes.append(f"{len(others):,} tensors have another shape")
+        notes.append(f"{counted(len(others), 'tensor', 'has')} another shape")
     return notes
 
 

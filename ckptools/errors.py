@@ -144,8 +144,20 @@ def grouped(errors: Sequence[CkptError], most: int = 8) -> list[CkptError]:
     if len(errors) <= most:
         return list(errors)
     rest = len(errors) - most
-    more = InputError(f"and {rest:,} more tensors with the same kind of error")
+    more = InputError(f"and {counted(rest, 'more tensor')} with the same kind of error")
     return [*errors[:most], more]
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """A number with its noun, and verb, in agreement.
+
+    >>> counted(1, "tensor", "is"), counted(1200, "tensor", "is")
+    ('1 tensor is', '1,200 tensors are')
+    """
+    if number == 1:
+        return f"1 {noun} {verb}".rstrip()
+    plural = {"is": "are", "has": "have", "does": "do"}.get(verb, verb.removesuffix("s"))
+    return f"{number:,} {noun}s {plural}".rstrip()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -168,7 +180,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     return next(iter(other_case or difflib.get_close_matches(word, words, n=1)), "")
 
 
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """As `nearest`, for names too many to list."""
+def nearest_name(name: str, known: Sequence[str], otherwise: str) -> str:
+    """As `nearest`, for names too many to list; `otherwise` where none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "give a glob, such as '*attn2.to_k*'"
+    return f"did you mean {close[0]!r}?" if close else otherwise

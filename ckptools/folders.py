@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptools.checkpoint import Checkpoint, Extent, SourceFile, Tensors, json_beside
-from ckptools.errors import CkptError, InputError, raise_all
+from ckptools.errors import CkptError, InputError, counted, raise_all
 from ckptools.family import UNKNOWN, detect, family_of, load_families
 from ckptools.keymap import KeyMap, Piece, key_map, key_map_ids
 from ckptools.tensors import DTYPES, TensorSpec
@@ -138,7 +138,8 @@ def as_component(checkpoint: Checkpoint, family: str, ids: Sequence[str]) -> Che
     if len(used) < len(parts):
         rest = [name for name in parts if name not in used]
         listed = ", ".join(rest[:_MOST_LISTED]) + (", …" if len(rest) > _MOST_LISTED else "")
-        warnings.append(f"{len(rest):,} tensors are no part of {' or '.join(ids)}: {listed}")
+        foreign = counted(len(rest), "tensor", "is")
+        warnings.append(f"{foreign} no part of {' or '.join(ids)}: {listed}")
     tensors = Tensors(view.specs, view.extents, layout="diffusers")
     return Checkpoint(
         checkpoint.path, view.files, checkpoint.metadata, tensors=tensors, warnings=tuple(warnings)
@@ -340,8 +341,8 @@ def _fill(view: _View, folder: Folder, warnings: list[str]) -> None:
         listed = ", ".join(chosen.unknown[:_MOST_LISTED])
         more = ", …" if len(chosen.unknown) > _MOST_LISTED else ""
         warnings.append(
-            f"{chosen.map.family} has no place for {len(chosen.unknown):,} tensors, which keep "
-            f"their names ({listed}{more})"
+            f"{chosen.map.family} has no place for {counted(len(chosen.unknown), 'tensor')}; kept "
+            f"under the same name: {listed}{more}"
         )
 
 

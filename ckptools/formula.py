@@ -76,6 +76,7 @@ _OPERATORS: dict[type[ast.operator], str] = {
 }
 _LOOKALIKES = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∗": "*"}  # noqa: RUF001
 _SIGNS = frozenset("+-*/=(),.0123456789")
+_NOT_ZERO = "divide by another number"
 # What Python's parser says that is worth passing on, and what to do about it.
 _SYNTAX_HINTS = {
     "was never closed": "",
@@ -133,7 +134,9 @@ def parse_formula(text: str, *, where: str = "") -> Formula:
             "the formula is nested too deeply", where=where, fix="use `let:`"
         ) from exc
     except ValueError as exc:  # null bytes
-        raise RecipeError(f"the formula cannot be read: {exc}", where=where) from exc
+        raise RecipeError(
+            f"the formula cannot be read: {exc}", where=where, fix="write it like A + (B - C) * M"
+        ) from exc
 
 
 def _check_characters(text: str, where: str) -> None:
@@ -214,9 +217,11 @@ class _Builder:
         keywords: dict[str, Expr] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
-                raise self._error("`**` is not part of formulas", keyword.value)
+                raise self._error("`**` is not part of formulas", keyword.value, "name the models")
             if keyword.arg in keywords:
-                raise self._error(f"{name}: {keyword.arg!r} is given twice", keyword.value)
+                raise self._error(
+                    f"{name}: {keyword.arg!r} is given twice", keyword.value, "remove one of them"
+                )
             keywords[keyword.arg] = self.build(keyword.value)
         args = tuple(self.build(argument) for argument in node.args)
         return Call(name, args, tuple(keywords.items()), self._column(node))
@@ -227,7 +232,7 @@ class _Builder:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self._error("the number is too large", node)
+            raise self._error("the number is too large", node, "numbers go up to 1.8e308")
         return number
 
     def _column(self, node: ast.expr) -> int:
@@ -356,8 +361,9 @@ def unknown_name(formula: Formula, name: Name, scope: Scope) -> RecipeError:
             f"{name.id!r} is a method", name.column, f"call it: {usage(scope.methods[name.id])}"
         )
     odd = next((char for char in name.id if not char.isascii()), "")
-    fix = nearest(name.id, scope.names)
-    if not closest(name.id, scope.names):
+    usable = [known for known in scope.names if known.isidentifier()]
+    fix = nearest(name.id, usable)
+    if not closest(name.id, usable):
         fix = f"{fix}; numbers of your own go into `params:`".removeprefix("; ")
     return formula.error(
         f"unknown name {name.id!r}" + (f", with a {_character(odd)}" if odd else ""),
@@ -423,7 +429,7 @@ class _Checker:
                 )
                 return None
             if any(value == 0 for value in right.sums):
-                self._error("division by zero", expr.right.column)
+                self._error("division by zero", expr.right.column, _NOT_ZERO)
                 return None
             return _Typed(left.kind, _each(left, right, lambda x, y: x / y))
         if "scalar" not in (left.kind, right.kind):
@@ -573,7 +579,9 @@ def bind(call: Call, method: Method, formula: Formula) -> Bound:
                 f"{call.method} has no {name!r}", value.column, nearest(name, known)
             )
         if name in models:
-            raise formula.error(f"{call.method}: {name!r} is given twice", value.column)
+            raise formula.error(
+                f"{call.method}: {name!r} is given twice", value.column, "remove one of them"
+            )
         (scalars if name in method.scalars else models)[name] = value
     wanted = [*method.models, *method.keyword_models]
     wanted += [name for name, scalar in method.scalars.items() if scalar.default is None]
@@ -611,7 +619,7 @@ def bind_bake(call: Call, formula: Formula) -> BoundBake:
         if name not in names:
             raise formula.error(f"bake has no {name!r}", value.column, BAKE_USAGE)
         if name in found:
-            raise formula.error(f"bake: {name!r} is given twice", value.column)
+            raise formula.error(f"bake: {name!r} is given twice", value.column, BAKE_USAGE)
         found[name] = value
     for name in names[:2]:
         if name not in found:
@@ -640,6 +648,7 @@ def _check_bounds(method: Method, name: str, value: float, formula: Formula, col
             f"{method.name}: {name} = {value:g} is outside "
             f"{scalar.minimum:g} to {scalar.maximum:g}",
             column,
+            "use a number in this range",
         )
 
 
@@ -663,7 +672,7 @@ def base_model(formula: Formula, scope: Scope) -> str:
             case Binary(left=left, right=right):
                 is_model = (typed := checker.typed(left)) is not None and typed.kind == "weights"
                 return find(left if is_model else right)
-        raise formula.error("the formula names no model", expr.column)
+        raise formula.error("the formula names no model", expr.column, "as A + (B - C) * M does")
 
     def find_let(name: str) -> str:
         return base_model(scope.lets[name], scope)
@@ -857,13 +866,13 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             case Binary(op=op, left=left, right=right):
                 x, y = scalar(left, inside), scalar(right, inside)
                 if op == "/" and y == 0:
-                    raise inside.error("division by zero", right.column)
+                    raise inside.error("division by zero", right.column, _NOT_ZERO)
                 return _finite(
                     {"+": x + y, "-": x - y, "*": x * y}[op] if op != "/" else x / y,
                     inside,
                     expr.column,
                 )
-        raise inside.error("a method does not give a number", expr.column)
+        raise inside.error("a method does not give a number", expr.column, "use a parameter")
 
     def form(expr: Expr, inside: Formula) -> Linear:
         match expr:
@@ -880,7 +889,7 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             case Binary(op="/", left=left, right=right):
                 divisor = scalar(right, inside)
                 if divisor == 0:
-                    raise inside.error("division by zero", right.column)
+                    raise inside.error("division by zero", right.column, _NOT_ZERO)
                 return form(left, inside) / divisor
             case Binary(op="*", left=left, right=right):
                 if is_scalar(left, scope):
@@ -888,7 +897,7 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
                 return form(left, inside) * scalar(right, inside)
             case Call():
                 return called(expr, inside)
-        raise inside.error("a number where a model is wanted", expr.column)
+        raise inside.error("a number where a model is wanted", expr.column, "name a model")
 
     def called(call: Call, inside: Formula) -> Linear:
         if call.method == BAKE:

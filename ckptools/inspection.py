@@ -330,7 +330,7 @@ def _rows(checkpoint: Checkpoint, family: Family, glob: str) -> tuple[TensorRow,
         raise UsageError(
             f"no tensor matches {glob!r}",
             where=str(checkpoint.path),
-            fix=nearest_name(glob, list(checkpoint)),
+            fix=nearest_name(glob, list(checkpoint), "'*' lists all names"),
         )
     return tuple(rows)
 

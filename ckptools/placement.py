@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import read_json_object
 from ckptools.errors import CkptError, InputError, OutputError
-from ckptools.writer import MANIFEST_SCHEMA, index_path, manifest_path, part_path
+from ckptools.writer import MANIFEST_SCHEMA, index_path, manifest_path, part_path, part_problem
 
 if TYPE_CHECKING:
     from ckptools.plan import Plan
@@ -47,9 +47,12 @@ class Place:
                     "of the inputs",
                     fix="write to another file",
                 )
-        in_the_way = manifest_problem(self.output, force=force)
-        if in_the_way:
-            yield in_the_way
+        for in_the_way in (
+            *(part_problem(path) for path in written if not self._is_input(part_path(path))),
+            manifest_problem(self.output, force=force),
+        ):
+            if in_the_way:
+                yield in_the_way
         read = [path for path in written if self._is_input(path)]
         there = [path for path in self.files if os.path.lexists(path) and path not in read]
         folders = [path for path in there if path.is_dir()] if force else []

@@ -23,14 +23,7 @@ from ckptools.baking import (
     numbers_of,
     over_base,
 )
-from ckptools.errors import (
-    CkptError,
-    InputError,
-    RecipeError,
-    grouped,
-    nearest,
-    raise_all,
-)
+from ckptools.errors import CkptError, InputError, RecipeError, counted, grouped, nearest, raise_all
 from ckptools.family import UNKNOWN, Family, family_of
 from ckptools.formula import (
     AdapterDelta,
@@ -104,6 +97,7 @@ class Step:
 
     form    the formula with this tensor's numbers, or None where no formula applies
     why     the reason, in words
+    lacking  what models of the formula have no floats for it; it is the base's therefore
     lines   the recipe lines that set each parameter: name -> line
     """
 
@@ -115,6 +109,7 @@ class Step:
     block: str
     form: Linear | None = None
     lines: Mapping[str, ParamLine] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -685,8 +680,8 @@ class _Planner:
             )
             self.errors.append(
                 InputError(
-                    f"{source.name} changes {len(taken):,} tensors of {component}, which is taken "
-                    "byte for byte",
+                    f"{source.name} changes {counted(len(taken), 'tensor')} of {component}, which "
+                    "is taken byte for byte",
                     where=where,
                     fix=f"{advice} for {component}, or leave out `take`",
                 )
@@ -808,14 +803,15 @@ class _Planner:
         except CkptError as exc:
             self._bad_numbers.setdefault(str(exc), (exc, []))[1].append(name)
             return _bare(spec, "carried", Copy(own), "")
-        lacking = self._lacking(form, name)
+        lacking, why = self._lacking(form, name)
         if lacking:
-            why = f"{' and '.join(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} it"
             form = over_base(form, self.base.name)
             if form.terms == ((self.base.name, 1.0),):
-                return replace(_single(spec, own, "carried", why), form=None, lines=lines)
-            step = self._formed(name, spec, form, own)
-            return replace(step, form=form, lines=lines, why=f"{why}; adapters go into the base's")
+                step = replace(_single(spec, own, "carried", why), form=None)
+            else:
+                step = replace(self._formed(name, spec, form, own), form=form)
+                step = replace(step, why=f"{why}; adapters go into the base's")
+            return replace(step, lines=lines, lacking=lacking)
         if spec.numel == 0:
             return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
                          else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
@@ -836,10 +832,20 @@ class _Planner:
     def _nothing_merged(self, steps: Sequence[Step]) -> Iterator[CkptError]:
         """A base without tensors, and models that have none in common."""
         if not steps:
-            yield InputError(f"{self.base.name} has no tensors", where=self.base.ref.where)
-        apart = any(step.action == "carried" and "lack" in step.why for step in steps)
+            fix = "download the file again, or name another model"
+            yield InputError(f"{self.base.name} has no tensors", where=self.base.ref.where, fix=fix)
+        apart = any(step.lacking for step in steps)
         if apart and len(self.used) > 1 and all(step.action == "carried" for step in steps):
             parts = [f"{name} is {self.by_name[name].title}" for name in self.used]
+            usual = {own: name for name, own in self.base.names.items()}
+            for step in steps:
+                if any(self._has(model, usual[step.spec.name]) for model in step.lacking):
+                    yield InputError(
+                        f"the models have no floats in common: {step.why}",
+                        where=step.spec.name,
+                        fix="use models that store floats; integers are never averaged",
+                    )
+                    return
             yield InputError(
                 f"the models have no tensor in common: {', '.join(parts)}",
                 where=self.recipe.merge.where,
@@ -870,6 +876,7 @@ class _Planner:
             error = RecipeError(
                 f"with these numbers the formula is {form}: a difference, not a model",
                 where=self.recipe.merge.where,
+                fix="choose numbers that add up to 1",
             )
             self._bad_numbers.setdefault(str(error), (error, []))[1].append(name)
             return _bare(spec, "merged", Copy(own), "")
@@ -990,14 +997,18 @@ class _Planner:
     def _has(self, model: str, name: str) -> bool:
         return name in self.by_name[model].names
 
-    def _lacking(self, form: Linear, name: str) -> list[str]:
-        lacking = []
-        for model in form.models:
-            if not self._has(model, name):
-                lacking.append(model)
-            elif not self._read(self.by_name[model], name).spec.is_float:
-                lacking.append(f"{model} (not floats)")
-        return lacking
+    def _lacking(self, form: Linear, name: str) -> tuple[tuple[str, ...], str]:
+        """The models of a form that have no floats of a name, and that in words."""
+        absent = [model for model in form.models if not self._has(model, name)]
+        stored = {
+            model: self._read(self.by_name[model], name).spec
+            for model in form.models
+            if model not in absent
+        }
+        words = [f"{' and '.join(absent)} {'lack' if absent[1:] else 'lacks'} it"] if absent else []
+        other = {model: spec.dtype for model, spec in stored.items() if not spec.is_float}
+        words += [f"{model} stores {dtype}, not floats" for model, dtype in other.items()]
+        return (*absent, *other), ", ".join(words)
 
     def _output_dtype(self, component: str, stored: str) -> str:
         dtypes = self.recipe.output.dtypes
@@ -1022,7 +1033,7 @@ class _Planner:
         if not self.recipe.strict:
             return
         for step in steps:
-            if _lacks(step):
+            if step.lacking:
                 self.errors.append(
                     InputError(
                         f"strict: {step.why}",
@@ -1032,8 +1043,8 @@ class _Planner:
                 )
         self.errors += [
             InputError(
-                f"strict: {self.base.name} lacks {len(names):,} tensors of {model}, such as "
-                f"{names[0]}",
+                f"strict: {self.base.name} lacks {counted(len(names), 'tensor')} of {model}, such "
+                f"as {names[0]}",
                 where=self.base.ref.where,
                 fix="use a complete model, or leave out `strict: true`",
             )
@@ -1063,19 +1074,20 @@ class _Planner:
         self.notes += self._widened
         self._tell_sums()
         for why, count in _carried_reasons(plan.steps).items():
-            self.warnings.append(f"{count:,} tensors are carried from {plan.base.name}: {why}")
+            carried = counted(count, "tensor", "is")
+            self.warnings.append(f"{carried} carried from {plan.base.name}: {why}")
         for model, names in plan.dropped.items():
             components = Counter(self.family.component_of(name) for name in names)
             parts = ", ".join(f"{count:,} of {part}" for part, count in components.items())
             self.warnings.append(
-                f"{len(names):,} tensors of {model} are left out, {plan.base.name} lacks them: "
-                f"{parts}"
+                f"left out of {model}: {counted(len(names), 'tensor')} that {plan.base.name} "
+                f"lacks: {parts}"
             )
         for component, lacking in incomplete_parts(self.base.detection, self.base.names).items():
             if component not in self.recipe.take:
                 self.warnings.append(
                     f"{self.base.name} is incomplete, and so is the result: its {component} lacks "
-                    f"{len(lacking):,} tensors, such as {lacking[0]}"
+                    f"{counted(len(lacking), 'tensor')}, such as {lacking[0]}"
                 )
         for source in self.sources:
             if source.doubles:
@@ -1134,7 +1146,7 @@ class _Planner:
             stored = " and ".join(sorted({spec.dtype for spec in taken if spec.is_float}))
             exact = component not in self.recipe.output.dtypes
             self.notes.append(
-                f"{component}: {len(taken):,} tensors taken from {model}"
+                f"{component}: {counted(len(taken), 'tensor')} taken from {model}"
                 + (f", {stored}, byte for byte" if exact else "")
             )
             names = self.taken[component]
@@ -1143,8 +1155,8 @@ class _Planner:
                 self.notes.append(f"{component}: {more:,} of them {self.base.name} lacks")
             if len(taken) < len(steps):
                 self.notes.append(
-                    f"{component}: {len(steps) - len(taken):,} tensors that {model} comes without "
-                    f"are those of {self.base.name}; loaders need none of them"
+                    f"{component}: {counted(len(steps) - len(taken), 'tensor')} that {model} comes "
+                    f"without, from {self.base.name}; loaders need none of them"
                 )
 
 
@@ -1264,11 +1276,6 @@ def _nearest_family(source: Source) -> str:
     return f"nearest: {rejected[0].family}, but {rejected[0].reason}"
 
 
-def _lacks(step: Step) -> bool:
-    """Whether a tensor is the base's because another model lacks it."""
-    return step.action in ("carried", "merged") and "lack" in step.why
-
-
 def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
-    reasons = Counter(step.why for step in steps if _lacks(step))
+    reasons = Counter(step.why for step in steps if step.lacking)
     return dict(reasons)

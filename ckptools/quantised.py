@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckptools.errors import InputError
+from ckptools.errors import InputError, counted
 from ckptools.tensors import TensorSpec
 
 # Ends of names: of a tensor of scales → of the weights that it belongs to, and how they are stored.
@@ -59,8 +59,8 @@ def not_numbers(found: Mapping[str, str]) -> InputError:
     """The error of calculating with some of the tensors that `quantised_in` found."""
     first = min(found)
     return InputError(
-        f"{len(found):,} tensors hold {found[first]}: codes that are no numbers without their "
-        f"scales, such as {first}",
+        f"{counted(len(found), 'tensor', 'holds')} {found[first]}: codes that are no numbers "
+        f"without their scales, such as {first}",
         fix="use the model's release in fp16 or bf16",
     )
 

@@ -738,9 +738,15 @@ def _compose(text: str, name: str) -> yaml.Node:
         said = str(exc).splitlines()[0]
         raise RecipeError(f"not YAML: {said}", where=name, fix="give a text file") from exc
     except RecursionError as exc:
-        raise RecipeError("nested too deeply", where=name) from exc
+        raise RecipeError(
+            "nested too deeply", where=name, fix="a recipe has four levels at most"
+        ) from exc
     except (ValueError, OverflowError) as exc:  # "\UFFFFFFFF"
-        raise RecipeError("not YAML: a character that there is not", where=name) from exc
+        raise RecipeError(
+            "not YAML: a character that there is not",
+            where=name,
+            fix="write it without backslashes",
+        ) from exc
     if node is None:
         raise RecipeError("the recipe is empty", where=name, fix="begin with `ckptools: 1`")
     return node
@@ -938,7 +944,7 @@ def _check_result(reader: _Reader, merge: Formula, kind: str) -> None:
             )
         )
     elif kind == "scalar":
-        reader.errors.append(merge.error("the result is a number, not a model", 1))
+        reader.errors.append(merge.error("the result is a number, not a model", 1, "name a model"))
 
 
 def _find_lost_names(reader: _Reader, root: yaml.Node, read: Mapping[str, yaml.Node]) -> None:

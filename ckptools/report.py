@@ -563,6 +563,7 @@ def methods_json(methods: Mapping[str, Method]) -> list[dict[str, object]]:
             "models": [*method.models, *([f"{method.variadic}…"] if method.variadic else [])],
             "keyword_models": list(method.keyword_models),
             "numbers": {scalar.name: scalar.default for scalar in method.scalars.values()},
+            "ranges": {name: list(ends) for name, ends in method.ranges.items()},
         }
         for method in methods.values()
     ]
@@ -576,6 +577,8 @@ def show_methods(methods: Mapping[str, Method]) -> None:
         show_line(usage(method))
         show_line(f"  {method.summary}")
         show_line(f"  {method.formula}")
+        for name, (least, most) in method.ranges.items():
+            show_line(f"  {name}: {least:g} to {most:g}")
         show_line(f"  source: {method.source}")
         show_line("")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptools.convert import Conversion, Result
+from ckptools.errors import counted
 from ckptools.report import gigabytes, show_line, show_message, shown_path
 
 _MOST_LISTED = 4
@@ -66,7 +67,7 @@ def show_conversion(conversion: Conversion, *, is_done: bool) -> None:
     for why, names in conversion.dropped.items():
         more = ", …" if len(names) > _MOST_LISTED else ""
         listed = ", ".join(names[:_MOST_LISTED])
-        show_line(f"  left out, {why}: {len(names):,} tensors ({listed}{more})")
+        show_line(f"  left out, {why}: {counted(len(names), 'tensor')} ({listed}{more})")
     for note in conversion.notes:
         show_line(f"  note: {note}")
 

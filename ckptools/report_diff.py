@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptools.diff import KINDS, Difference, fit_in_words, kind_of
-from ckptools.errors import OutputError
+from ckptools.errors import OutputError, counted
 from ckptools.hubref import shown
 from ckptools.measure import Pair
 from ckptools.report import _row, _show_table, _table, gigabytes, show_line, show_message
@@ -91,7 +91,7 @@ def show_diff(found: Difference, *, top: int) -> None:
     for name, a, b in found.reshaped[:_MOST_NAMES]:
         show_line(f"shape: {name}: A is {list(a.shape)}, B is {list(b.shape)}")
     for (one, two), count in found.dtypes.items():
-        show_line(f"dtype: {count:,} tensors are {one} in A, {two} in B")
+        show_line(f"dtype: {counted(count, 'tensor', 'is')} {one} in A, {two} in B")
     if found.metadata:
         show_line(f"metadata differs: {', '.join(key for key, _, _ in found.metadata)}")
     changed = {name: pair for name, pair in found.groups.items() if pair.changed}
@@ -103,9 +103,9 @@ def show_diff(found: Difference, *, top: int) -> None:
         if most := most_changed(found)[:top]:
             _show_tensors({name: found.pairs[name] for name in most})
     _show_fits(found)
-    counted = f"{found.changed:,} of {found.tensors:,} shared tensors differ"
+    told = f"{found.changed:,} of {found.tensors:,} shared tensors differ"
     if found.has_values:
-        show_line(counted)
+        show_line(told)
 
 
 def _show_names(title: str, names: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ def _show_fits(found: Difference) -> None:
     named = {**found.fit_labels, "B": found.b.checkpoint.path}
     show_line(", ".join(f"{label} is {named[label].name}" for label in sorted(named)))
     if found.left_out:
-        show_line(f"{found.left_out:,} tensors are in no fit: not all models have them")
+        show_line(f"{counted(found.left_out, 'tensor', 'is')} in no fit: not all models have them")
 
 
 # --- HTML --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptools.errors import CkptError
+from ckptools.errors import CkptError, counted
 from ckptools.hubref import is_local, shown
 from ckptools.inspection import Component, Inspection, Manifest, Statistics, Survey, TensorRow
 from ckptools.lineage import Ancestor, Lineage
@@ -236,14 +236,10 @@ def _wholeness(found: Inspection) -> str:
     reasons = ["only the EMA copy of a UNet"] if found.ema == "only" else []
     for name, one in found.components.items():
         if one.state == "incomplete":
-            reasons.append(f"{name} lacks {_count(len(one.missing), 'tensor')}")
+            reasons.append(f"{name} lacks {counted(len(one.missing), 'tensor')}")
         if one.misshapen:
-            reasons.append(f"{name} has {_count(len(one.misshapen), 'misshapen tensor')}")
+            reasons.append(f"{name} has {counted(len(one.misshapen), 'misshapen tensor')}")
     return f"no: {', '.join(reasons)}{without}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _show_components(found: Inspection) -> None:
@@ -449,7 +445,7 @@ def _show_rows(found: Inspection) -> None:
              row.component, row.block or "·")  # fmt: skip
     _show_table(table)
     total = gigabytes(sum(row.spec.nbytes for row in found.rows))
-    show_line(f"{len(found.rows):,} of {_count(found.tensors, 'tensor')}, {total}")
+    show_line(f"{len(found.rows):,} of {counted(found.tensors, 'tensor')}, {total}")
 
 
 def _show_statistics(found: Inspection, statistics: Statistics) -> None:

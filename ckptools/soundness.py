@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptools.checkpoint import Checkpoint, SourceFile
-from ckptools.errors import (
-    CkptError,
-    InvalidFileError,
-    UnsafeError,
-    UsageError,
-    nearest,
-)
+from ckptools.errors import CkptError, InvalidFileError, UnsafeError, UsageError, counted, nearest
 from ckptools.family import KINDS, Detection, detect, load_families
 from ckptools.hashing import (
     Lane,
@@ -224,8 +218,8 @@ def _check_header(checkpoint: Checkpoint, found: _Findings) -> None:
     ]
     if misaligned:
         message = (
-            f"{len(misaligned):,} tensors do not begin at a multiple of their values' size: "
-            "readers that map the file must copy them"
+            f"{counted(len(misaligned), 'tensor', 'does')} not begin at a multiple of the values' "
+            "size: readers that map the file must copy them"
         )
         found.warnings.append(Problem("misaligned", message, misaligned[0]))
     if not checkpoint:
@@ -252,7 +246,7 @@ def _check_whole(
 ) -> None:
     """A component that is there in part: a warning, a problem where a family is asked for."""
     for component, names in incomplete_parts(detection, checkpoint).items():
-        message = f"{component} lacks {len(names):,} tensors, such as {names[0]}"
+        message = f"{component} lacks {counted(len(names), 'tensor')}, such as {names[0]}"
         (found.problems if is_asked else found.warnings).append(Problem("incomplete", message))
 
 

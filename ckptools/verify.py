@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckptools.checkpoint import read_header
 from ckptools.engine import Settings, Source, Task, recompute
-from ckptools.errors import VerificationError
+from ckptools.errors import VerificationError, counted
 from ckptools.writer import Layout, PartFile
 
 SAMPLE_TENSORS = 12
@@ -47,7 +47,7 @@ def check_structure(path: Path, layout: Layout) -> None:
         ) from exc
     if len(found) != len(layout.specs):
         raise VerificationError(
-            f"{len(found) - len(layout.specs)} tensors too many", where=str(path)
+            f"{counted(len(found) - len(layout.specs), 'tensor')} too many", where=str(path)
         )
     header = read_header(path)
     if header.sha256 != hashlib.sha256(layout.header).hexdigest():

@@ -208,7 +208,10 @@ def find_step(plan: Plan, tensor: str) -> Step:
     if len(found) == 1:
         return plan.steps[names.index(found[0])]
     if not found:
-        raise UsageError(f"no tensor {tensor!r} in the output", fix=nearest_name(tensor, names))
+        way = "`ckptools inspect MODEL --tensors '*'` lists a model's names"
+        raise UsageError(
+            f"no tensor {tensor!r} in the output", fix=nearest_name(tensor, names, way)
+        )
     shown = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
     raise UsageError(f"{tensor!r} fits {len(found):,} tensors", fix=f"name one: {shown}")
 

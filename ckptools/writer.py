@@ -550,21 +550,37 @@ def _open_locked(part: Path) -> int:
         try:
             _lock(number, part)
             if _is_open_as(number, part):
-                if os.fstat(number).st_nlink > 1:
-                    raise OutputError(
-                        f"{str(part)!r} is in the way: a file with other names, too",
-                        fix="remove it, or write elsewhere",
-                    )
-                if not _is_ours(number):
-                    raise OutputError(
-                        f"{str(part)!r} is in the way, and nothing that ckptools left",
-                        fix="remove it, or write elsewhere",
-                    )
+                stranger = _stranger(number, part)
+                if stranger:
+                    raise stranger
                 return number
         except BaseException:
             os.close(number)
             raise
         os.close(number)
+
+
+def part_problem(path: Path) -> OutputError | None:
+    """What stands where the part of an output would; what a killed process left does not."""
+    part = part_path(path)
+    if not os.path.lexists(part) or (path.exists() and part.exists() and path.samefile(part)):
+        return None
+    if part.is_file() and not part.is_symlink():
+        with suppress(OSError), part.open("rb") as file:
+            return _stranger(file.fileno(), part)
+    return _in_the_way(part, ": no file")
+
+
+def _stranger(number: int, part: Path) -> OutputError | None:
+    """What is wrong with an open part that was there before."""
+    if os.fstat(number).st_nlink > 1:
+        return _in_the_way(part, ": a file with other names, too")
+    return None if _is_ours(number) else _in_the_way(part, ", and nothing that ckptools left")
+
+
+def _in_the_way(part: Path, what: str) -> OutputError:
+    shown = os.path.normpath(part)
+    return OutputError(f"{shown!r} is in the way{what}", fix="remove it, or write elsewhere")
 
 
 def _is_ours(number: int) -> bool:

@@ -681,7 +681,7 @@ def test_what_another_model_lacks_is_the_bases_with_the_adapter(
     assert_rounded(result[TENSOR_K], oracle(path, STEM_K, a[TENSOR_K]))
     assert torch.equal(result[OUT], a[OUT])
     assert step_of(plan, TENSOR_K).why == "B lacks it; adapters go into the base's"
-    told = "1 tensors are carried from A: B lacks it"
+    told = "1 tensor is carried from A: B lacks it"
     assert {told, f"{told}; adapters go into the base's"} <= set(plan.warnings)
     assert "strict: B lacks it" in error.what
 
@@ -998,7 +998,7 @@ BROKEN: dict[str, tuple[Tensors, str, str]] = {
               "alpha is nan", ""),
     "no bias": (lora(STEM_K, 10, 24) | {f"{STEM_K}.diff_b": noise(10)},
                 f"changes a bias, and {TENSOR_K} has none", "use the base model"),
-    "not an adapter": ({"a.weight": noise(3, 3)}, "1 tensors are no part of an adapter", "models"),
+    "not an adapter": ({"a.weight": noise(3, 3)}, "1 tensor is no part of an adapter", "models"),
 }  # fmt: skip
 
 
@@ -1122,7 +1122,7 @@ def test_an_adapter_does_not_go_into_a_component_that_is_taken(
     result = baked(tmp_path, models_of(models, "AB"), take=take,
                    loras=[{"path": path, "weight": {"default": 1, "text_encoder": 0}}])  # fmt: skip
 
-    assert error.what == "loras[0] changes 1 tensors of text_encoder, which is taken byte for byte"
+    assert error.what == "loras[0] changes 1 tensor of text_encoder, which is taken byte for byte"
     assert error.fix == "set its weight to 0 for text_encoder, or leave out `take`"
     assert called.fix.startswith("bake it through `loras:` with the weight 0 for text_encoder")
     assert torch.equal(result[TEXT], load_file(models["B"])[TEXT])

@@ -149,7 +149,7 @@ def test_a_model_that_lacks_a_tensor_is_told(sd1: Path, tmp_path: Path) -> None:
         assert conversion.warnings == ()
 
     assert warning == (
-        "the unet is incomplete: it lacks 1 tensors, such as model.diffusion_model.out.2.bias"
+        "the unet is incomplete: it lacks 1 tensor, such as model.diffusion_model.out.2.bias"
     )
 
 

@@ -223,7 +223,7 @@ def test_other_shapes_and_missing_tensors_are_listed(base, tmp_path, capsys) -> 
     assert found["only_a"] == [f"{UNET}out.2.weight"]
     assert found["only_b"] == ["extra"]
     assert found["reshaped"][0]["compared"] is False
-    assert "1 tensors have another shape" in found["explanation"]
+    assert "1 tensor has another shape" in found["explanation"]
 
 
 def test_explain_by_finds_a_weighted_sum_and_an_added_difference(

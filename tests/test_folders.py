@@ -223,7 +223,7 @@ def test_what_the_map_does_not_know_keeps_its_name(sd1: Tensors, tmp_path: Path)
     with open_checkpoint(folder) as checkpoint:
         assert "unet.ip_adapter.scale" in checkpoint
         assert checkpoint.warnings == (
-            "sd1 has no place for 1 tensors, which keep their names (unet.ip_adapter.scale)",
+            "sd1 has no place for 1 tensor; kept under the same name: unet.ip_adapter.scale",
         )
 
 

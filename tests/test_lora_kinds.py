@@ -1061,7 +1061,7 @@ BAD = {
         shapes(**{UP: (8, 2), DOWN: (2, 6), "lora_A__weight": (2, 6)}),
         "two parts 'down': 'x.lora_A.weight' and 'x.lora_down.weight'",
     ),
-    "strangers": (shapes(running_mean=(8,)), "1 tensors are no part of an adapter"),
+    "strangers": (shapes(running_mean=(8,)), "1 tensor is no part of an adapter"),
     "a lonely weight": (shapes(weight=(8,)), "no part of an adapter: 'x.weight'"),
 }
 

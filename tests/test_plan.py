@@ -876,7 +876,7 @@ def test_an_incomplete_base_is_told(abc: dict[str, Path], planned: Planned, tmp_
     plan = planned({**abc, "X": part}, "X * 0.5 + B * 0.5")
 
     assert plan.warnings[-1] == (
-        f"X is incomplete, and so is the result: its unet lacks 1 tensors, such as {UNET}out.2.bias"
+        f"X is incomplete, and so is the result: its unet lacks 1 tensor, such as {UNET}out.2.bias"
     )
 
 
@@ -915,7 +915,7 @@ def test_tensors_that_only_another_model_has_are_left_out_and_told(
 
     assert len(plan.steps) == 883
     assert len(plan.dropped["A"]) == 248
-    assert "248 tensors of A are left out, X lacks them: 248 of vae" in plan.warnings
+    assert "left out of A: 248 tensors that X lacks: 248 of vae" in plan.warnings
 
 
 def test_a_file_that_names_a_tensor_twice_is_told_and_keeps_the_usual_name(
@@ -1005,7 +1005,7 @@ def test_empty_markers_of_a_v_prediction_model_stay_as_the_base_has_them(
         set(markers) if "A" in with_markers else set()
     )
     assert all(written[name].shape == (0,) for name in markers if name in written)
-    told = any("2 tensors of B are left out" in warning for warning in plan.warnings)
+    told = any("left out of B: 2 tensors that A lacks" in warning for warning in plan.warnings)
     assert told == (with_markers == "B")
 
 
@@ -1151,6 +1151,34 @@ def test_what_is_no_manifest_is_not_replaced_by_one(
         plan()
     else:
         assert only_error(plan).what.endswith("is in the way, and no manifest")
+
+
+@pytest.mark.parametrize("kind", ["download", "second name", "folder", "link", "left over"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_part_that_a_merge_would_refuse_is_told_by_the_plan(
+    abc: dict[str, Path], planned: Planned, tmp_path: Path, kind: str, force: bool
+) -> None:
+    """Before anything is read; what a killed merge left is none."""
+    part = tmp_path / "new.safetensors.part"
+    if kind == "folder":
+        part.mkdir()
+    elif kind == "second name":
+        os.link(abc["A"], tmp_path / "copy.safetensors")
+        (tmp_path / "copy.safetensors").rename(part)
+    elif kind == "link":
+        part.symlink_to(tmp_path / "elsewhere")
+    else:
+        part.write_bytes(b"half a model" if kind == "download" else bytes(1000))
+
+    def plan() -> object:
+        return planned({"B": abc["B"], "C": abc["C"]}, "B * 0.5 + C * 0.5",
+                       output="new.safetensors", force=force)  # fmt: skip
+
+    if kind == "left over":
+        plan()
+    else:
+        assert "new.safetensors.part' is in the way" in only_error(plan).what
+        assert only_error(plan).fix == "remove it, or write elsewhere"
 
 
 def test_an_existing_output_is_refused_without_force(

@@ -88,7 +88,7 @@ def test_a_component_that_is_there_in_part_is_told(
     found = verify_source(write_tensors(tmp_path / "part.safetensors", part), expect=expect)
     fine = verify_source(write_tensors(tmp_path / "bare.safetensors", bare), expect=expect)
 
-    told = [("incomplete", f"unet lacks 1 tensors, such as {name}")]
+    told = [("incomplete", f"unet lacks 1 tensor, such as {name}")]
     assert [(p.code, p.message) for p in found.problems] == (told if expect else [])
     assert [(p.code, p.message) for p in found.warnings] == ([] if expect else told)
     assert "incomplete" not in {p.code for p in (*fine.problems, *fine.warnings)}

@@ -200,7 +200,7 @@ def test_what_transformers_never_kept_of_sd2_stays_the_base_s(tmp_path: Path) ->
     }
     assert len(kept) == 14
     assert_same(written, {n: (base if n in kept or "cond_" not in n else other)[n] for n in base})
-    assert any("14 tensors that K comes without are those of A" in n for n in result.plan.notes)
+    assert any("14 tensors that K comes without, from A" in n for n in result.plan.notes)
 
 
 def test_of_a_whole_clip_the_image_side_is_left_out_and_said(tmp_path: Path) -> None:

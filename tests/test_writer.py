@@ -693,7 +693,7 @@ def test_a_file_as_planned_passes(written: tuple[Path, dict[str, Tensor]]) -> No
     ("specs", "metadata", "words"),
     [
         (specs_like(d=TensorSpec("d", "F16", (1,))), {"k": "v"}, "d: missing in the written file"),
-        (specs_like()[:2], {"k": "v"}, "1 tensors too many"),
+        (specs_like()[:2], {"k": "v"}, "1 tensor too many"),
         (
             specs_like(b=TensorSpec("b", "BF16", (2, 2))),
             {"k": "v"},

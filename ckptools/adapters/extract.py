@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckptools.adapters.factors import Budget, decompose
 from ckptools.adapters.reading import Model, bias_of, open_model, values_of
 from ckptools.adapters.writing import SCHEMES, AdapterWriter, Names, Written, check_output
-from ckptools.errors import InputError, NonFiniteError, UsageError
+from ckptools.errors import InputError, NonFiniteError, UsageError, counted
 from ckptools.lora.names import Target
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in
@@ -200,7 +200,9 @@ class _Run:
                 self.progress.advance(self.a.specs[name].nbytes)
         extra = [name for name in self.b.specs if name not in self.a.specs]
         if extra:
-            self.notes.append(f"{len(extra):,} tensors are in B only, such as {extra[0]}")
+            self.notes.append(
+                f"{counted(len(extra), 'tensor', 'is')} in B only, such as {extra[0]}"
+            )
 
     def _comparable(self, name: str) -> bool:
         one, other = self.a.specs[name], self.b.specs.get(name)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptools.check.verdicts import Check, held
+from ckptools.errors import counted
 from ckptools.family import UNKNOWN, Family, detect, family_of
 from ckptools.measure import (
     Gram,
@@ -166,10 +167,10 @@ def _names(ours: _Model, theirs: Sequence[_Model]) -> Check:
     missing = sorted(theirs[0].own[name] for name in common - ours.own.keys())
     extra = sorted(ours.own[name] for name in ours.own.keys() - known)
     if missing:
-        reason = f"{len(missing):,} tensors of the parents are missing: {_listed(missing)}"
+        reason = f"{counted(len(missing), 'tensor')} of the parents missing: {_listed(missing)}"
         return Check("weights.names", len(missing), 0, "fail", reason, tuple(missing))
     if extra:
-        reason = f"{len(extra):,} tensors are in no parent: {_listed(extra)}"
+        reason = f"{counted(len(extra), 'tensor', 'is')} in no parent: {_listed(extra)}"
         return Check("weights.names", len(extra), 0, "warn", reason, tuple(extra))
     return Check("weights.names", 0, 0, "pass", f"{len(ours.own):,} tensors, as in the parents")
 
@@ -195,7 +196,8 @@ def _zeros(ours: _Model, values: Mapping[str, Values], grams: Mapping[str, Gram]
             lost.append(ours.own[usual])
     reason = "none is all zero but where a parent's is"
     if lost:
-        reason = f"{len(lost):,} tensors are all zero, the parents' are not: {_listed(lost)}"
+        zero = counted(len(lost), "tensor", "is")
+        reason = f"{zero} all zero, the parents' are not: {_listed(lost)}"
     return held("weights.zeros", len(lost), warn=0, fail=0, reason=reason, tensors=lost)
 
 

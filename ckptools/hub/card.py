@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import yaml
 
-from ckptools.errors import InputError
+from ckptools.errors import InputError, counted
 from ckptools.hub.licences import Licence
 
 BEGIN = "<!-- ckptools: begin. Written anew at each publication; write above or below. -->"
@@ -237,17 +237,13 @@ def _what(facts: Facts) -> str:
     variant = f", {facts.variant}" if facts.variant not in ("", "base") else ""
     prediction = f", {facts.prediction} prediction" if facts.prediction else ""
     made = (
-        f"merged from {_count(len(facts.parents), 'model')} with "
+        f"merged from {counted(len(facts.parents), 'model')} with "
         "[ckptools](https://pypi.org/project/ckptools/)"
         if facts.formula
         else "published with [ckptools](https://pypi.org/project/ckptools/)"
     )
     first = f"{_plain(kind)}{_plain(variant)}{_plain(prediction)}; {made}."
     return f"{_plain(facts.description)}\n\n{first}" if facts.description else first
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _how_made(facts: Facts) -> str:

@@ -499,10 +499,10 @@ def _pick(snapshot: Snapshot, ref: HubRef) -> tuple[str, tuple[str, ...]]:
     names = snapshot.files.keys()
     if ref.file:
         if ref.file not in names:
-            near = nearest_name(ref.file, [name for name in names if _is_model(name)])
+            models = [name for name in names if _is_model(name)]
             raise InputError(
                 f"no file {ref.file!r} in this revision", where=replace(ref, file="").title,
-                fix=near if near.startswith("did") else _listed(snapshot),
+                fix=nearest_name(ref.file, models, _listed(snapshot)),
             )  # fmt: skip
         if not _is_model(ref.file):
             raise InputError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
-from ckptools.errors import InputError, raise_all
+from ckptools.errors import InputError, counted, raise_all
 from ckptools.lora.kinds import Kind, Layout, Measure, Settings, Shapes, load_kinds
 from ckptools.lora.parts import EMBEDDING, split_key
 from ckptools.tensors import TensorSpec
@@ -225,7 +225,7 @@ def _drop_lonely_weights(found: dict[str, dict[str, str]], unknown: list[str]) -
 def _unknown(names: Sequence[str]) -> InputError:
     shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
     return InputError(
-        f"{len(names)} tensors are no part of an adapter: {shown}",
+        f"{counted(len(names), 'tensor', 'is')} no part of an adapter: {shown}",
         where=names[0],
         fix="is this an adapter? a checkpoint goes under `models`",
     )

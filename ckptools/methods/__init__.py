@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,15 @@ class Method:
         if "base" in self.keyword_models:
             return "base"
         return self.models[0] if self.models else self.variadic
+
+    @property
+    def ranges(self) -> Mapping[str, tuple[float, float]]:
+        """Least and greatest value of the numbers that are bounded: {"t": (0, 1)}."""
+        return {
+            name: (scalar.minimum, scalar.maximum)
+            for name, scalar in self.scalars.items()
+            if math.isfinite(scalar.minimum) or math.isfinite(scalar.maximum)
+        }
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ckptools.checkpoint import Checkpoint
-from ckptools.errors import CkptError, InputError, UsageError, nearest, raise_all
+from ckptools.errors import CkptError, InputError, UsageError, counted, nearest, raise_all
 from ckptools.evaluation import single_threaded, torch_dtype
 from ckptools.family import Family, detect, family_of
 from ckptools.keymap import KeyMap, Piece, key_map
@@ -204,7 +204,11 @@ def load_controlnet(
     with _opened(source) as checkpoint:
         detection = detect(checkpoint, checkpoint.metadata)
         if detection.kind != "controlnet":
-            raise InputError(f"a {detection.kind}, not a ControlNet", where=str(checkpoint.path))
+            raise InputError(
+                f"a {detection.kind}, not a ControlNet",
+                where=str(checkpoint.path),
+                fix="give the ControlNet's own file",
+            )
         names = _part_names(checkpoint, key_map("_controlnet"), "controlnet")
         shapes = _shapes(checkpoint, names, "controlnet")
         _check_fits_unet(shapes, pipeline)
@@ -363,7 +367,11 @@ def _part_names(checkpoint: Checkpoint, keys: KeyMap, component: str) -> Names:
     if detection.kind == "checkpoint":
         return Names(keys)
     if detection.kind != component:
-        raise InputError(f"a {detection.kind}, not a {component}", where=str(checkpoint.path))
+        raise InputError(
+            f"a {detection.kind}, not a {component}",
+            where=str(checkpoint.path),
+            fix=f"give a {component}, or a whole model that has one",
+        )
     is_theirs = detection.layout == "diffusers"
     return Names(keys, component, None if is_theirs else family_of(detection))
 
@@ -413,7 +421,9 @@ def fit(specs: Mapping[str, TensorSpec], modules: Mapping[str, Any], names: Name
     for component, tensors in wanted.items():
         _judge(component, tensors, taken, names, errors)
     _raise_some(list(errors.values()))
-    notes = [f"{len(unused):,} tensors are in no module: {unused[0]} …"] if unused else []
+    notes = (
+        [f"{counted(len(unused), 'tensor', 'is')} in no module: {unused[0]} …"] if unused else []
+    )
     return Fitted(MappingProxyType(slots), tuple(notes))
 
 
@@ -439,7 +449,7 @@ def _judge(
     """Add an error for every tensor of one component that is not as the module wants it."""
     if not any((component, name) in taken for name in tensors):
         errors[component] = InputError(
-            f"the file has no {component} ({len(tensors):,} tensors are missing)",
+            f"the file has no {component} ({counted(len(tensors), 'tensor', 'is')} missing)",
             fix="give a whole model" + (", or a VAE beside it" if component == "vae" else ""),
         )
         return
@@ -474,7 +484,10 @@ def _is_good(taken: _Taken, component: str, name: str, shape: tuple[int, ...]) -
 def _raise_some(errors: list[CkptError]) -> None:
     if len(errors) > _MOST_NAMED:
         rest = len(errors) - _MOST_NAMED
-        errors = [*errors[:_MOST_NAMED], InputError(f"{rest:,} more tensors do not fit")]
+        errors = [
+            *errors[:_MOST_NAMED],
+            InputError(f"{counted(rest, 'more tensor', 'does')} not fit"),
+        ]
     raise_all(errors)
 
 

@@ -250,9 +250,12 @@ def check_request(
         raise UsageError("a ControlNet and its picture go together", fix="give both, or none")
     if controlnet is not None:
         if controlnet.family != pipeline.blueprint.family:
-            raise UsageError(f"a ControlNet for {controlnet.family}")
+            raise UsageError(
+                f"a ControlNet for {controlnet.family}, the model is {pipeline.blueprint.family}",
+                fix="give a ControlNet that was made for this family",
+            )
         if task == "edit":
-            raise UsageError("an instruct-pix2pix model takes no ControlNet")
+            raise UsageError("an instruct-pix2pix model takes no ControlNet", fix="leave it out")
     return task, (width, height)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ckptools.checkpoint import Checkpoint, open_safetensors
-from ckptools.errors import InputError
+from ckptools.errors import InputError, counted
 from ckptools.evaluation import torch_dtype
 from ckptools.pickles import is_pickle, open_pickle
 from ckptools.render.loader import choose_device
@@ -203,7 +203,7 @@ def _hollow(folder: Path, weights: Checkpoint) -> Any:
     missing = [name for name in wanted if name not in weights]
     if missing:
         what = f"a CLIP model without {missing[0]!r}"
-        more = f" and {len(missing) - 1:,} more tensors" if len(missing) > 1 else ""
+        more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
         raise InputError(what + more, where=str(weights.path), fix=_FIX)
     for name, shape in wanted.items():
         if weights[name].shape != shape:

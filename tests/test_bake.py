@@ -686,6 +686,22 @@ def test_what_another_model_lacks_is_the_bases_with_the_adapter(
     assert "strict: B lacks it" in error.what
 
 
+def test_an_adapter_of_what_another_model_lacks_is_not_called_weightless(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = {k: v for k, v in load_file(models["B"]).items() if k != TENSOR_K}
+    sources = {"A": models["A"], "B": write_tensors(tmp_path / "B.safetensors", tensors)}
+    dora = lora(STEM_K, 10, 24) | {f"{STEM_K}.dora_scale": 1 + noise(10, 1)}
+    sources["L"] = adapter(tmp_path, dora)
+
+    plan = planned(tmp_path, sources, "bake(A, L) * 0.5 + B * 0.5")
+
+    assert (
+        "L changes nothing: its weight is 0, or another model lacks the tensor, wherever it has "
+        "modules"
+    ) in plan.warnings
+
+
 @pytest.mark.parametrize("kinds", [("dora", "lora"), ("lora", "dora"), ("ia3", "lora")])
 def test_where_a_model_lacks_a_tensor_no_adapter_is_lost(
     kinds: tuple[str, str], models: dict[str, Path], tmp_path: Path

@@ -102,7 +102,8 @@ save_file(weights, out)
 
 COPY = 'cat "$@" > /dev/null; cp "$1" "$0"'
 FLUSH = '; sync "$0"'  # until it is on the disk, as a merge waits
-ON_DISK = "cat inputs; cp A; sync it"
+LOADED, COPIED = "load all, save_file", "cat inputs; cp A"
+ON_DISK = "; sync it"
 RANK = 32
 
 
@@ -172,27 +173,28 @@ def programs(
         RECIPE.format(models=models, number=case.number, formula=case.formula, out=out),
         encoding="utf-8",
     )
+    load_all = [
+        sys.executable, "-c", LOAD_ALL_BAKE if case.bakes else LOAD_ALL, case.name, out, *paths
+    ]  # fmt: skip
     found = {
         "ckptools": [sys.executable, "-m", "ckptools", "merge", "-q", str(recipe)],
-        "load all, save_file": [
-            sys.executable, "-c", LOAD_ALL_BAKE if case.bakes else LOAD_ALL,
-            case.name, out, *paths
-        ],
-        "cat inputs; cp A": ["sh", "-c", COPY, out, *paths],
-        ON_DISK: ["sh", "-c", COPY + FLUSH, out, *paths],
-    }  # fmt: skip
+        LOADED: load_all,
+        LOADED + ON_DISK: ["sh", "-ec", '"$@"' + FLUSH, out, *load_all],
+        COPIED: ["sh", "-c", COPY, out, *paths],
+        COPIED + ON_DISK: ["sh", "-c", COPY + FLUSH, out, *paths],
+    }
     if "sd-mecha" in peers:
         found["sd-mecha"] = [
             peers["sd-mecha"], "-c", SD_MECHA_BAKE if case.bakes else SD_MECHA,
             case.name, out, *paths
         ]  # fmt: skip
     if case.bakes:
-        del found["cat inputs; cp A"], found[ON_DISK]
+        del found[COPIED], found[COPIED + ON_DISK]
         found["cp A"] = ["cp", paths[0], out]
     needed = 1.2 * sum(Path(path).stat().st_size for path in (*paths, paths[0]))
     if needed > memory_bytes():
-        print(f"  load all, save_file: left out, it needs {needed / 1e9:.0f} GB of memory")
-        del found["load all, save_file"]
+        print(f"  {LOADED}: left out, it needs {needed / 1e9:.0f} GB of memory")
+        del found[LOADED], found[LOADED + ON_DISK]
     return found
 
 

@@ -44,7 +44,7 @@ from ckptools.manifest import (
     version,
     with_hash,
 )
-from ckptools.placement import Place, existing_folder, room_problem
+from ckptools.placement import Place, folder_problems
 from ckptools.program import Compute, Copy, Mix, Program, Read
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in
@@ -604,12 +604,9 @@ def _may_replace(folder: Path) -> bool:
 
 
 def _check_space(conversion: Conversion) -> None:
-    folder = existing_folder(conversion.request.output.absolute().parent)
-    if not folder.is_dir():
-        raise OutputError(f"{str(folder)!r} is not a folder", fix="write somewhere else")
-    too_full = room_problem(folder, conversion.file_bytes)
-    if too_full:
-        raise too_full.at(str(conversion.request.output))
+    output = conversion.request.output
+    problems = folder_problems(output.parent, conversion.file_bytes)
+    raise_all([problem.at(str(output)) for problem in problems])
 
 
 # --- doing it ------------------------------------------------------------------------------------

@@ -119,20 +119,25 @@ def output_problems(plan: Plan, *, force: bool) -> Iterator[CkptError]:
     where = plan.recipe.output.where
     for problem in place_of(plan).problems(force=force, ways=ways_to_replace(plan)):
         yield problem.at(where)
-    folder = existing_folder(plan.recipe.output_path.parent)
-    if not folder.is_dir():
-        yield OutputError(f"{str(folder)!r} is not a folder", where=where, fix="write elsewhere")
+    for problem in folder_problems(plan.recipe.output_path.parent, plan.file_bytes):
+        yield problem.at(where)
+
+
+def folder_problems(folder: Path, nbytes: int) -> Iterator[OutputError]:
+    """Why so many bytes cannot be written into a folder, which is made where there is none."""
+    there = existing_folder(folder.absolute())
+    if not there.is_dir():
+        yield OutputError(f"{str(there)!r} is not a folder", fix="write elsewhere")
         return
-    if not os.access(folder, os.W_OK):
-        what = f"the folder {str(folder)!r} cannot be written to"
-        yield OutputError(what, where=where, fix="check its rights, or write elsewhere")
-    too_full = room_problem(folder, plan.file_bytes)
+    if not os.access(there, os.W_OK):
+        what = f"the folder {str(there)!r} cannot be written to"
+        yield OutputError(what, fix="check its rights, or write elsewhere")
+    too_full = _room_problem(there, nbytes)
     if too_full:
-        yield too_full.at(where)
+        yield too_full
 
 
-def room_problem(folder: Path, nbytes: int) -> OutputError | None:
-    """That a folder's disk has no room for so many bytes."""
+def _room_problem(folder: Path, nbytes: int) -> OutputError | None:
     total, _, free = shutil.disk_usage(folder)
     if nbytes <= free or not total:  # some systems of files do not tell: 0 of 0
         return None

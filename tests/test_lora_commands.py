@@ -819,6 +819,17 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
     assert (code, told["matched"], told["unmatched"]) == (1, 0, [stray])
 
 
+def test_a_folder_is_made_for_the_output_and_not_left_empty(sd1: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "deep" / "L.safetensors"
+
+    with pytest.raises(InputError, match="nothing to extract"):
+        extract(sd1 / "A.safetensors", sd1 / "A.safetensors", output, budget=Budget(rank=2))
+    assert not (tmp_path / "new").exists()
+
+    extracted(sd1, output, budget=Budget(rank=2))
+    assert output.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -828,7 +839,7 @@ def test_an_adapter_that_does_not_fit_exits_with_1(
         (["extract", "A", "B", "-o", "out.ckpt"], "does not end in .safetensors"),
         (["extract", "A", "B", "-o", "A", "-f"], "is one of the inputs"),
         (["extract", "A", "B", "-o", "X"], "exists"),
-        (["extract", "A", "B", "-o", "no/folder.safetensors"], "there is no folder"),
+        (["extract", "A", "B", "-o", "X.safetensors/o.safetensors"], "is not a folder"),
         (["extract", "A", "B", "-o", "o.safetensors", "--rank", "4", "--energy", "0.5"], "either"),
         (["extract", "A", "B", "-o", "o.safetensors", "--names", "peft", "--with-diff"], "PEFT"),
         (["check", "X", "--against", "X"], "this is an adapter (LoRA), not a model"),

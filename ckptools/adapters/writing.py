@@ -25,9 +25,16 @@ from ckptools.checkpoint import Checkpoint
 from ckptools.errors import InputError, NonFiniteError, OutputError, raise_all
 from ckptools.lora.group import CONFIG_KEY, PEFT_CONFIG
 from ckptools.lora.names import Scheme
-from ckptools.placement import Place
+from ckptools.placement import Place, folder_problems
 from ckptools.tensors import RECIPE_DTYPES, TensorSpec, file_order
-from ckptools.writer import PartFile, lay_out, manifest_path, output_error, sync_folder
+from ckptools.writer import (
+    PartFile,
+    lay_out,
+    made_folder,
+    manifest_path,
+    output_error,
+    sync_folder,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,10 +97,8 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
             f"the output {str(output)!r} does not end in .safetensors",
             fix=f"write {str(output) + '.safetensors'!r}",
         )
-    if not output.parent.is_dir():
-        raise OutputError(f"there is no folder {str(output.parent)!r}", fix="make it first")
     place = Place(output, (output,), tuple(inputs))
-    raise_all(list(place.problems(force=force)))
+    raise_all([*place.problems(force=force), *folder_problems(output.parent, 0)])
     if (output.parent / PEFT_CONFIG).exists():
         raise OutputError(
             f"{PEFT_CONFIG} lies there: its rank and alpha would be taken for this adapter's",
@@ -123,9 +128,12 @@ class AdapterWriter:
 
     def __enter__(self) -> Self:
         try:
-            self._spool: IO[bytes] = self._stack.enter_context(
-                tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-", buffering=0)
-            )
+            with ExitStack() as stack:
+                stack.enter_context(made_folder(self.output.parent))
+                self._spool: IO[bytes] = stack.enter_context(
+                    tempfile.TemporaryFile(dir=self.output.parent, prefix=".ckptools-", buffering=0)
+                )
+                self._stack = stack.pop_all()
         except OSError as exc:
             raise output_error(exc, self.output) from exc
         return self
@@ -133,7 +141,7 @@ class AdapterWriter:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, exc, tb)
 
     def add(
         self,

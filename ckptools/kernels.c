@@ -225,25 +225,30 @@ INLINE float to_odd(double value) {
 }
 
 #if WIDE
-/* As `to_odd`, four at a time; how many were done. */
-WIDE_TARGET static int64_t round_to_odd_wide(const double *values, float *out, int64_t count) {
-  const __m256d sign = _mm256_set1_pd(-0.0);
+/* As `to_odd`, or alike for what it is rounded to; how many were done. The double's own bits are cut
+   to a single's 24, with one that says whether the rest was 0: that converts exactly. Subnormal
+   singles have fewer bits. To fp16 they all are 0; with bf16's, eight at a time go the long way. */
+WIDE_TARGET static int64_t narrow_wide(const double *values, int64_t dtype, float *out,
+                                       int64_t count) {
+  const __m256i rest = _mm256_set1_epi64x((1 << 29) - 1);
+  const __m256i sizes = _mm256_set1_epi32(0x7fffffff), normal = _mm256_set1_epi32(0x00800000);
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    __m256d value = _mm256_loadu_pd(values + i);
-    __m128 nearest = _mm256_cvtpd_ps(value);
-    __m256d back = _mm256_cvtps_pd(nearest);
-    /* all ones, which is -1, where it holds; the low half of each will do */
-    __m256d far = _mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, value),
-                                _CMP_GT_OQ);
-    __m256d inexact = _mm256_cmp_pd(back, value, _CMP_NEQ_OQ);
-    __m128 low_far = _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(far)),
-                                    _mm_castpd_ps(_mm256_extractf128_pd(far, 1)), 0x88);
-    __m128 low_inexact = _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(inexact)),
-                                        _mm_castpd_ps(_mm256_extractf128_pd(inexact, 1)), 0x88);
-    __m128i bits = _mm_add_epi32(_mm_castps_si128(nearest), _mm_castps_si128(low_far));
-    bits = _mm_or_si128(bits, _mm_and_si128(_mm_castps_si128(low_inexact), _mm_set1_epi32(1)));
-    _mm_storeu_ps(out + i, _mm_castsi128_ps(bits));
+  for (; i + 8 <= count; i += 8) {
+    __m128 four[2];
+    for (int half = 0; half < 2; half++) {
+      __m256i bits = _mm256_loadu_si256((const __m256i *)(values + i + 4 * half));
+      __m256i carry = _mm256_add_epi64(_mm256_and_si256(bits, rest), rest);
+      bits = _mm256_andnot_si256(rest, _mm256_or_si256(bits, carry));
+      four[half] = _mm256_cvtpd_ps(_mm256_castsi256_pd(bits));
+    }
+    __m256 eight = _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
+    _mm256_storeu_ps(out + i, eight);
+    if (dtype == BF16) {
+      __m256i size = _mm256_and_si256(_mm256_castps_si256(eight), sizes);
+      __m256i above = _mm256_cmpgt_epi32(size, _mm256_setzero_si256());
+      if (!_mm256_testz_si256(above, _mm256_cmpgt_epi32(normal, size)))
+        for (int64_t k = i; k < i + 8; k++) out[k] = to_odd(values[k]);
+    }
   }
   return i;
 }
@@ -268,12 +273,13 @@ INLINE void take_doubles(int32_t operation, double *x, const uint8_t *data, doub
   }
 }
 
-INLINE void round_to_odd(const double *values, float *out, int64_t count, int wide) {
+/* Singles that are rounded to fp16 or bf16 as the doubles would be. */
+INLINE void narrowed(const double *values, int64_t dtype, float *out, int64_t count, int wide) {
   int64_t i = 0;
 #if WIDE
-  if (wide) i = round_to_odd_wide(values, out, count);
+  if (wide) i = narrow_wide(values, dtype, out, count);
 #endif
-  (void)wide;
+  (void)dtype, (void)wide;
   for (; i < count; i++) out[i] = to_odd(values[i]);
 }
 
@@ -315,7 +321,7 @@ INLINE int block(const struct step *steps, int64_t number, const struct read *re
   if (dtype == F32)
     for (int64_t i = 0; i < count; i++) narrow[i] = (float)memory[i];
   else
-    round_to_odd(memory, narrow, count, wide);
+    narrowed(memory, dtype, narrow, count, wide);
   return store(narrow, dtype, out + WIDTH[dtype] * begin, count, wide);
 }
 

@@ -999,14 +999,14 @@ class _Planner:
 
     def _lacking(self, form: Linear, name: str) -> tuple[tuple[str, ...], str]:
         """The models of a form that have no floats of a name, and that in words."""
-        absent = [model for model in form.models if not self._has(model, name)]
-        stored = {
-            model: self._read(self.by_name[model], name).spec
-            for model in form.models
-            if model not in absent
-        }
+        absent: list[str] = []
+        other: dict[str, str] = {}
+        for model in form.models:
+            if not self._has(model, name):
+                absent.append(model)
+            elif not (spec := self._read(self.by_name[model], name).spec).is_float:
+                other[model] = spec.dtype
         words = [f"{' and '.join(absent)} {'lack' if absent[1:] else 'lacks'} it"] if absent else []
-        other = {model: spec.dtype for model, spec in stored.items() if not spec.is_float}
         words += [f"{model} stores {dtype}, not floats" for model, dtype in other.items()]
         return (*absent, *other), ", ".join(words)
 

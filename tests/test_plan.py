@@ -1313,6 +1313,29 @@ def test_channels_of_a_whole_model_are_found_by_name_alone(
 # --- things that a user met ----------------------------------------------------------------------
 
 
+def test_integers_where_others_have_floats_are_told_by_their_dtype(
+    planned: Planned, tmp_path: Path
+) -> None:
+    """Where nothing else is in common that is the error; else a warning, apart from what lacks."""
+    floats = {"w": torch.ones(3), "x": torch.ones(3)}
+    whole = {"w": torch.ones(3, dtype=torch.int32), "x": torch.ones(3)}
+    models = {
+        "A": write_tensors(tmp_path / "A.safetensors", floats),
+        "B": write_tensors(tmp_path / "B.safetensors", whole),
+        "C": write_tensors(tmp_path / "C.safetensors", {"x": torch.ones(3)}),
+        "W": write_tensors(tmp_path / "W.safetensors", {"w": whole["w"]}),
+    }
+
+    plan = planned(models, "(A + B + C) / 3")
+    with pytest.raises(InputError, match="no floats in common: W stores I32, not floats") as caught:
+        planned({"A": write_tensors(tmp_path / "a.safetensors", {"w": floats["w"]}),
+                 "W": models["W"]}, "(A + W) / 2")  # fmt: skip
+
+    assert "1 tensor is carried from A: C lacks it, B stores I32, not floats" in plan.warnings
+    assert plan.steps[0].lacking == ("C", "B")
+    assert caught.value.where == "w"
+
+
 def test_models_without_a_common_tensor_are_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "A.safetensors", {"a.weight": torch.ones(3)})
     write_tensors(tmp_path / "B.safetensors", {"b.weight": torch.ones(3)})

@@ -259,7 +259,8 @@ def _values(found: Difference, progress: Progress | None) -> Difference:
     rows = [_row(found, name) for name in names]
     rows = [row for row in rows if common_shape(row.specs) is not None]
     pairs = measure_pairs(rows, advance=_advance(progress, "compare", rows))
-    return replace(found, pairs=pairs, groups=_grouped(found.family, pairs))
+    whole = {row.key for row in rows if not all(spec.is_float for spec in row.specs)}
+    return replace(found, pairs=pairs, groups=_grouped(found.family, pairs, whole))
 
 
 def _advance(progress: Progress | None, stage: str, rows: Sequence[Row]) -> Callable[[int], None]:
@@ -277,15 +278,24 @@ def groups_of(family: Family, name: str) -> Iterator[str]:
         yield block
 
 
-def _grouped(family: Family, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+def _grouped(family: Family, pairs: Mapping[str, Pair], whole: set[str]) -> dict[str, Pair]:
+    """Sums by group. Integers, `whole`, count among what changed; the norms are of the weights.
+
+    Position ids, 0 to 76, would outweigh a text encoder. A group of integers alone keeps theirs.
+    """
     from ckptools.measure import Pair
 
-    members: dict[str, list[Pair]] = {}
-    for name, pair in pairs.items():
+    members: dict[str, list[str]] = {}
+    for name in pairs:
         for group in groups_of(family, name):
-            members.setdefault(group, []).append(pair)
-    order = ["all", *family.components, "other", *family.blocks]
-    return {group: Pair.total(members[group]) for group in order if group in members}
+            members.setdefault(group, []).append(name)
+    weights = {**pairs, **{name: pairs[name].without_norms for name in whole}}
+    groups = {}
+    for group in ("all", *family.components, "other", *family.blocks):
+        if names := members.get(group):
+            known = pairs if whole.issuperset(names) else weights
+            groups[group] = Pair.total(known[name] for name in names)
+    return groups
 
 
 # --- what the change is ------------------------------------------------------------------------

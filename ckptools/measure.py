@@ -175,6 +175,11 @@ class Pair(_Sum):
         return math.sqrt(self.sum_squares)
 
     @property
+    def without_norms(self) -> Pair:
+        """How much is changed, and not by how much."""
+        return Pair(self.count, self.changed, self.nonfinite, same_bits=self.same_bits)
+
+    @property
     def mean_abs(self) -> float:
         """Mean of |A - B| over all elements; 0 without any."""
         return self.sum_abs / self.count if self.count else 0.0

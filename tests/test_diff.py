@@ -211,6 +211,37 @@ def test_more_input_channels_are_compared_in_their_common_part(
     assert "A (base) takes 4 input channels, B (inpainting) 9" in found["explanation"]
 
 
+def test_integers_are_no_part_of_norms_but_of_what_changed(base, tmp_path, capsys) -> None:
+    """Position ids would outweigh a text encoder; a float64 oracle over its floats."""
+    ids = f"{TEXT}transformer.text_model.embeddings.position_ids"
+    assert not base[ids].is_floating_point()
+    other = {
+        name: value + 0.01 * torch.ones_like(value) if value.is_floating_point() else value
+        for name, value in base.items()
+    }
+    names = [name for name in base if name.startswith(TEXT) and name != ids]
+    ours, theirs = (
+        torch.cat([model[name].double().flatten() for name in names]) for model in (base, other)
+    )
+    a, b = write(tmp_path, "a", base), write(tmp_path, "b", other)
+    c = write(tmp_path, "c", {**base, ids: base[ids] + 1})
+
+    group = diff(capsys, a, b)["groups"]["text_encoder"]
+    shifted = diff(capsys, a, c)["groups"]["text_encoder"]
+    alone = diff(
+        capsys,
+        write(tmp_path, "d", {"ids": base[ids]}),
+        write(tmp_path, "e", {"ids": base[ids] * 2}),
+    )["groups"]["other"]
+
+    cosine = float(ours @ theirs / (ours.norm() * theirs.norm()))
+    assert group["rel_l2"] == pytest.approx(float((ours - theirs).norm() / ours.norm()), rel=1e-6)
+    assert group["cosine"] == pytest.approx(cosine, rel=1e-6)
+    assert (shifted["rel_l2"], shifted["cosine"]) == (0, 1)
+    assert shifted["changed_share"] == 77 / group["values"]
+    assert alone["rel_l2"] == 1
+
+
 def test_other_shapes_and_missing_tensors_are_listed(base, tmp_path, capsys) -> None:
     other = dict(base)
     other[f"{UNET}out.2.bias"] = torch.zeros(7, dtype=torch.float16)

@@ -712,46 +712,84 @@ Leaf: TypeAlias = str | Applied | Baked | AdapterDelta
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """What is written as a model, or a sum of models, times a number."""
+
+    of: Written
+    factor: float
+    total: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What is written as left + right, or left - right where `sign` is -1."""
+
+    left: Written
+    right: Written
+    sign: int
+    total: float
+    size: int
+
+
+# How a form of models alone is written. total: the sum of its coefficients; size: its models.
+Written: TypeAlias = str | Scaled | Summed
+MAX_WRITTEN = 64  # models in it; a `let` that uses a `let` twice, and so on, would have no end
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear form: (leaf, coefficient) pairs in order of first appearance, zeros left out.
 
+    written  the same as a formula has it; None where that is long, or not of models alone
     Supports + - * / so that a linear method can be called on it instead of on tensors.
     """
 
     terms: tuple[tuple[Leaf, float], ...]
+    written: Written | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, leaf: Leaf) -> Linear:
         """1 * leaf."""
-        return cls(((leaf, 1.0),))
+        return cls(((leaf, 1.0),), leaf if isinstance(leaf, str) else None)
 
     def __add__(self, other: Linear) -> Linear:
+        return self._plus(other, 1)
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self._plus(other, -1)
+
+    def _plus(self, other: Linear, sign: int) -> Linear:
+        if not other.terms:
+            return self
+        if not self.terms and sign > 0:
+            return other
         sums: dict[Leaf, float] = dict(self.terms)
         sizes: dict[Leaf, float] = {leaf: abs(value) for leaf, value in self.terms}
         for leaf, value in other.terms:
-            sums[leaf] = sums.get(leaf, 0.0) + value
+            sums[leaf] = sums.get(leaf, 0.0) + sign * value
             sizes[leaf] = sizes.get(leaf, 0.0) + abs(value)
         # what is left of 0.1 + 0.2 - 0.3 is not a coefficient; an overflow is kept to be told
-        return Linear(
-            tuple(
-                (leaf, value)
-                for leaf, value in sums.items()
-                if not abs(value) <= 1e-15 * sizes[leaf] < math.inf
-            )
+        terms = tuple(
+            (leaf, value)
+            for leaf, value in sums.items()
+            if not abs(value) <= 1e-15 * sizes[leaf] < math.inf
         )
-
-    def __sub__(self, other: Linear) -> Linear:
-        return self + other * -1.0
+        return Linear(terms, _summed(self.written, other.written, sign))
 
     def __mul__(self, factor: float) -> Linear:
         if factor == 0:
             return Linear(())
-        return Linear(tuple((leaf, value * factor) for leaf, value in self.terms))
+        if factor == 1:
+            return self
+        terms = tuple((leaf, value * factor) for leaf, value in self.terms)
+        return Linear(terms, _scaled(self.written, factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Linear:
-        return Linear(tuple((leaf, value / divisor) for leaf, value in self.terms))
+        terms = tuple((leaf, value / divisor) for leaf, value in self.terms)
+        return Linear(terms, _scaled(self.written, 1.0 / divisor))
 
     @cached_property
     def total(self) -> float:
@@ -808,6 +846,37 @@ class Linear:
             size = abs(value)
             text += sign + (name if size == 1 else f"{size:.6g}*{name}")
         return text or "0"
+
+
+def total_of(written: Written) -> float:
+    """The sum of the coefficients: 0 of a difference, but for roundings."""
+    return 1.0 if isinstance(written, str) else written.total
+
+
+def models_of(written: Written) -> Iterator[str]:
+    """The models that are written, repeats included."""
+    match written:
+        case str():
+            yield written
+        case Scaled(of=of):
+            yield from models_of(of)
+        case Summed(left=left, right=right):
+            yield from models_of(left)
+            yield from models_of(right)
+
+
+def _scaled(of: Written | None, factor: float) -> Written | None:
+    if of is None:
+        return None
+    return Scaled(of, factor, total_of(of) * factor, 1 if isinstance(of, str) else of.size)
+
+
+def _summed(left: Written | None, right: Written | None, sign: int) -> Written | None:
+    if left is None or right is None:
+        return None
+    size = sum(1 if isinstance(each, str) else each.size for each in (left, right))
+    total = total_of(left) + sign * total_of(right)
+    return Summed(left, right, sign, total, size) if size <= MAX_WRITTEN else None
 
 
 def _leaf_without(leaf: Leaf, models: Collection[str]) -> Leaf | None:

@@ -31,6 +31,7 @@ from ckptools.formula import (
     Baked,
     Leaf,
     Linear,
+    Written,
     base_model,
     specialise,
     used_names,
@@ -370,7 +371,7 @@ class _Planner:
         self._untouched: dict[Linear, Linear] = {}  # forms, for tensors that no adapter changes
         self._formed_by: Counter[Linear] = Counter()
         self._widened: list[str] = []
-        self._mixes: dict[Linear, tuple[Mix, bool]] = {}
+        self._mixes: dict[tuple[Linear, Written | None], tuple[Mix, bool]] = {}
         self._reads: dict[tuple[str, str], Read] = {}
         self.taken: dict[str, Mapping[str, str]] = {}
         self.bakings: dict[str, Baking] = {}
@@ -902,8 +903,9 @@ class _Planner:
     ) -> Compute:
         adapters = adapters_in(form)
         deltas = [leaf for leaf in adapters if isinstance(leaf, AdapterDelta)]
-        if form in self._mixes:
-            mix, whole = self._mixes[form]
+        key = form, form.written
+        if key in self._mixes:
+            mix, whole = self._mixes[key]
         else:
             leaves: tuple[Leaf, ...] = (*form.models, *deltas)
             index = {leaf: number for number, leaf in enumerate(leaves)}
@@ -911,7 +913,7 @@ class _Planner:
             mix = compile_mix(form, index, self._anchor, changes)
             whole = _needs_whole(mix)
             if not adapters:  # whose changes are another tensor's next time
-                self._mixes[form] = mix, whole
+                self._mixes[key] = mix, whole
         return Compute(
             mix,
             tuple(reads),
@@ -1180,7 +1182,7 @@ class _WideStep:
     def __call__(self, form: Linear, reads: Sequence[Read]) -> Step:
         narrow = replace(self.spec, shape=(self.spec.shape[0], self.channels, *self.spec.shape[2:]))
         wide = [term for term in form.terms if isinstance(term[0], AdapterDelta)]
-        rest = Linear(tuple(term for term in form.terms if term not in wide))
+        rest = Linear(tuple(t for t in form.terms if t not in wide)) if wide else form
         common = self.planner._compute(rest, reads, narrow, self.name)
         changes_of = self.planner._changes
         deltas = tuple(

@@ -10,7 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ckptools.formula import AdapterDelta, Applied, Baked, Leaf, Linear
+from ckptools.formula import (
+    AdapterDelta,
+    Applied,
+    Baked,
+    Leaf,
+    Linear,
+    Scaled,
+    Summed,
+    Written,
+    models_of,
+    total_of,
+)
 from ckptools.lora.dora import Reading
 from ckptools.lora.match import Placed
 from ckptools.tensors import TensorSpec
@@ -154,8 +165,12 @@ def compile_mix(
     changes  adapter -> what it does to this tensor, for adapters that are not deltas
     base   the model that is not part of a delta: in A - (C - B) it is A that stays alone
 
-    Opposite coefficients are paired: A + 0.7·B - 0.7·C becomes A - 0.7·(C - B). Where B equals
-    C the bracket is +0 whatever their size, -0.7 · +0 is -0, and A + -0 is A to the bit, the
+    The order is the formula's own wherever that keeps them, with the roundings of the same formula
+    over arrays of doubles. A difference that is added is subtracted the other way round, A + (B -
+    C) as A - (C - B): A + 0 would lose the sign of A's zeros.
+
+    Elsewhere opposite coefficients are paired: A + 0.7·B - 0.7·C becomes A - 0.7·(C - B). Where B
+    equals C the bracket is +0 whatever their size, -0.7 · +0 is -0, and A + -0 is A to the bit, the
     sign of its zeros included. A + 0.3·B + 0.9·D - 1.2·C becomes A - 0.3·(C - B) - 0.9·(C - D).
     Equal coefficients are taken out: A/3 + B/3 + C/3 becomes (A + B + C)/3, whose ties are ties.
     """
@@ -170,6 +185,8 @@ class _Compiler:
     changes: Mapping[str, tuple[Change, ...]]
 
     def mix(self, form: Linear) -> Mix:
+        if form.written is not None and self._keeps_promises(form.written, form):
+            return Mix(tuple(self.written(form.written)))
         pairs, partner = _pairs(form, self.base)
         alone: list[tuple[float, Node]] = []
         deltas: list[tuple[float, Node]] = []
@@ -187,6 +204,40 @@ class _Compiler:
             return Mix(((factors.pop(), together), *deltas))
         return Mix((*alone, *deltas))
 
+    def _keeps_promises(self, written: Written, form: Linear) -> bool:
+        """Whether a form may be evaluated as it is written.
+
+        Not where a model cancels, as A does in A + (B - A) * 1, which is B to the bit; nor where
+        there are pairs to be made outside of differences, as in A + 0.7 * B - 0.7 * C, or with the
+        base within one, as in A - B + C.
+        """
+        if {leaf for leaf, _ in form.terms} != {*models_of(written)}:
+            return False
+        alone = Linear(tuple(_alone(written)))
+        is_base_in = self.base in alone.models or self.base not in form.models
+        return is_base_in and not _pairs(alone, self.base)[0]
+
+    def written(self, written: Written, sign: int = 1) -> list[tuple[float, Node]]:
+        """Terms of what is written, or of minus that; where a difference is 0, its zeros are +0."""
+        match written:
+            case str():
+                return [(float(sign), self.index[written])]
+            case Scaled(of=of, factor=factor):
+                if not _is_difference(of):
+                    return [(sign * factor, _together(self.written(of)))]
+                of_sign = sign if factor > 0 else -sign
+                return [(abs(factor), _together(self.written(of, of_sign)))]
+            case Summed(left=left, right=right, sign=of_right):
+                first, second = (left, sign), (right, sign * of_right)
+                if _is_difference(left) and not _is_difference(right):
+                    first, second = second, first
+                if not _is_difference(second[0]) or _is_difference(first[0]):
+                    terms = [*self.written(*first), _as_one(self.written(*second))]
+                    return terms[::-1] if len(terms) == 2 and terms[0][0] < 0 else terms
+                difference, its_sign = second
+                factor, node = _as_one(self.written(difference, -its_sign))
+                return [*self.written(*first), (-factor, node)]
+
     def node(self, leaf: Leaf) -> Node:
         match leaf:
             case Applied(method=method, models=models, scalars=scalars):
@@ -195,6 +246,33 @@ class _Compiler:
                 return Bake(self.mix(model), self.changes[adapter], strength)
             case _:
                 return self.index[leaf]
+
+
+def _is_difference(written: Written) -> bool:
+    return abs(total_of(written)) < 1e-12
+
+
+def _alone(written: Written, factor: float = 1.0) -> Iterator[tuple[str, float]]:
+    """Models that are not within a difference, with their coefficients."""
+    match written:
+        case str():
+            yield written, factor
+        case _ if _is_difference(written):
+            return
+        case Scaled(of=of, factor=more):
+            yield from _alone(of, factor * more)
+        case Summed(left=left, right=right, sign=sign):
+            yield from _alone(left, factor)
+            yield from _alone(right, factor * sign)
+
+
+def _together(terms: Sequence[tuple[float, Node]]) -> Node:
+    """The node whose value is that of the terms."""
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Mix(tuple(terms))
+
+
+def _as_one(terms: Sequence[tuple[float, Node]]) -> tuple[float, Node]:
+    return terms[0] if len(terms) == 1 else (1.0, Mix(tuple(terms)))
 
 
 def _pairs(form: Linear, base: str) -> tuple[dict[int, int], set[int]]:

@@ -157,6 +157,10 @@ NATURAL: dict[str, Callable[..., NDArray[np.float64]]] = {
     "A + (B - C) * 0.7": lambda a, b, c: a + (b - c) * 0.7,
     "A * 0.2 + B * 0.3 + C * 0.5": lambda a, b, c: a * 0.2 + b * 0.3 + c * 0.5,
     "n_average(A, B, C)": lambda a, b, c: (a + b + c) / 3,
+    "A + (B - A) * 0.1": lambda a, b, c: a + (b - a) * 0.1,
+    "A + 0.3 * (B - A) + 0.2 * (C - A)": lambda a, b, c: a + 0.3 * (b - a) + 0.2 * (c - a),
+    "A + ((B + C) * 0.5 - A) * 0.7": lambda a, b, c: a + ((b + c) * 0.5 - a) * 0.7,
+    "(A * 0.6 + B * 0.4) * 0.7 + C * 0.3": lambda a, b, c: (a * 0.6 + b * 0.4) * 0.7 + c * 0.3,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import pytest
@@ -656,23 +656,91 @@ def mix_value(mix: Mix, values: list[float]) -> float:
     models=st.lists(st.floats(-4, 4), min_size=4, max_size=4),
     params=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
 )
-def test_a_compiled_mix_is_the_linear_form_with_every_term_once(
+def test_a_compiled_mix_is_the_linear_form(
     text: str, models: list[float], params: list[float]
 ) -> None:
     form = form_of(text, dict(zip(PARAMS, params, strict=True)))
     mix = compile_mix(form, {name: at for at, name in enumerate(MODELS)})
-    flat: dict[int, float] = {}
-    for weight, node in mix.terms:
-        inner = node.terms if isinstance(node, Mix) else ((1.0, node),)
-        for factor, index in inner:
-            assert isinstance(index, int)
-            assert index not in flat
-            flat[index] = weight * factor
+    flat = [*flattened(mix)]
+    sums = {at: math.fsum(value for other, value in flat if other == at) for at, _ in flat}
 
-    assert flat == {MODELS.index(str(leaf)): value for leaf, value in form.terms}
-    size = math.fsum(abs(value * models[at]) for at, value in flat.items())
-    expected = math.fsum(value * models[at] for at, value in flat.items())
+    assert sums == pytest.approx(
+        {MODELS.index(str(leaf)): value for leaf, value in form.terms}, rel=1e-12, abs=1e-14
+    )
+    size = math.fsum(abs(value * models[at]) for at, value in flat)
+    expected = math.fsum(value * models[at] for at, value in flat)
     assert mix_value(mix, models) == pytest.approx(expected, rel=1e-12, abs=1e-14 * (1 + size))
+
+
+def flattened(mix: Mix, factor: float = 1.0) -> Iterator[tuple[int, float]]:
+    """(read, coefficient) of every term, nested ones included, repeats too."""
+    for weight, node in mix.terms:
+        assert isinstance(node, int | Mix)
+        if isinstance(node, Mix):
+            yield from flattened(node, factor * weight)
+        else:
+            yield node, factor * weight
+
+
+WRITTEN = (
+    "A * (1 - M) + B * M",
+    "A + (B - A) * M",
+    "A + (B - C) * M",
+    "(B - C) * M + A",
+    "A - (C - B) * M",
+    "A + M * (B - A) + N * (C - A)",
+    "A + (B * M - C * M)",
+    "A + (B - C) * 0.5 + (B - D) * 0.3 + (D - C) * 0.2",
+    "A + 0.1 * (B - C) + 0.2 * (B - D) + 0.3 * (A - D)",
+    "A + ((B - C) - (D - C) * N) * M",
+    "A + ((B + D) * 0.5 - C) * M",
+    "(A + (B - C) * M) * 0.5 + D * 0.5",
+    "((A + B) * 0.5 + C) * 0.5",
+    "A * 0.2 + (B * 0.3 + C * 0.5)",
+    "A * M * N + B * (1 - M * N)",
+)
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+@given(
+    models=st.lists(st.floats(-4, 4), min_size=4, max_size=4),
+    params=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
+)
+def test_a_formula_is_evaluated_as_it_is_written(
+    text: str, models: list[float], params: list[float]
+) -> None:
+    """Every rounding is that of Python's floats: no coefficient is put together with another."""
+    assume(1.0 not in params)
+    numbers = dict(zip(PARAMS, params, strict=True))
+    mix = compile_mix(form_of(text, numbers), {name: at for at, name in enumerate(MODELS)}, "A")
+
+    assert mix_value(mix, models) == eval(text, dict(zip(MODELS, models, strict=True)) | numbers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A + (B - C) * M",
+        "(B - C) * M + A",
+        "A - (C - B) * M",
+        "A + (B * M - C * M)",
+        "A + B * M - C * M",
+        "A + (B - C) * M + (B - D) * N + (D - C) * 0.2",
+        "A + 0.1 * (B - C) - 0.2 * (D - B) + N * (C - D)",
+        "A + ((B - C) - (D - C) * N) * M",
+    ],
+)
+@given(a=st.floats(-4, 4), b=st.floats(-4, 4), m=st.floats(-2, 2), n=st.floats(-2, 2))
+@example(a=-0.0, b=3.0, m=0.3, n=0.7)
+@example(a=-0.0, b=3.0, m=-0.3, n=-0.7)
+def test_differences_of_equal_models_leave_a_to_the_bit(
+    text: str, a: float, b: float, m: float, n: float
+) -> None:
+    """The sign of its zeros included, which A + 0 would lose."""
+    mix = compile_mix(form_of(text, {"M": m, "N": n}), {x: at for at, x in enumerate(MODELS)}, "A")
+    value = mix_value(mix, [a, b, b, b])
+
+    assert (value, math.copysign(1, value)) == (a, math.copysign(1, a))
 
 
 @given(
@@ -692,8 +760,8 @@ def test_where_b_equals_c_the_result_is_a_to_the_bit(a: float, b: float, m: floa
         assert (value, math.copysign(1, value)) == (a, math.copysign(1, a))
 
 
-def test_pairs_are_made_for_every_delta() -> None:
-    form = form_of("A + (B - C) * 0.5 + (D - A) * 0.25")  # 0.75 A, 0.5 B, -0.5 C, 0.25 D
+def test_pairs_are_made_where_a_difference_is_not_written_as_one() -> None:
+    form = form_of("A * 0.75 + B * 0.5 - C * 0.5 + D * 0.25")
     mix = compile_mix(form, {name: at for at, name in enumerate(MODELS)})
 
     assert mix.terms == ((0.75, 0), (0.25, 3), (-0.5, Mix(((1.0, 2), (-1.0, 1)))))

@@ -917,7 +917,7 @@ class _Planner:
         return Compute(
             mix,
             tuple(reads),
-            _precision(spec, reads, form),
+            _precision(spec, reads, form, mix),
             whole,
             tuple(self._changes(leaf.adapter, name) for leaf in deltas),
         )
@@ -1235,13 +1235,15 @@ def _needs_whole(mix: Mix) -> bool:
     return any(True for _ in baked_in(mix))
 
 
-def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear) -> Precision:
+def _precision(spec: TensorSpec, reads: Sequence[Read], form: Linear, mix: Mix) -> Precision:
     """fp64 where it costs little or fp32 could not give the correctly rounded result."""
     wide = {"F32", "F64"}
     if spec.dtype in wide or any(read.spec.dtype == "F64" for read in reads):
         return "F64"
-    is_linear = all(isinstance(leaf, str) for leaf, _ in form.terms)
-    return "F64" if is_linear or len(form.terms) > MAX_F32_TERMS else "F32"
+    if all(isinstance(leaf, str) for leaf, _ in form.terms) or len(form.terms) > MAX_F32_TERMS:
+        return "F64"
+    methods = load_methods()
+    return "F64" if any(methods[node.method].doubles for node in applied_in(mix)) else "F32"
 
 
 def _same_shape(one: TensorSpec, other: TensorSpec) -> bool:

@@ -67,7 +67,7 @@ def program_of(
     mix = compile_mix(form, index, base_model(formula, scope))
     whole = any(load_methods()[node.method].access == "tensor" for node in applied_in(mix))
     chosen = tuple(reads[name] for name in used)
-    return Compute(mix, chosen, _precision(spec, chosen, form), whole)
+    return Compute(mix, chosen, _precision(spec, chosen, form, mix), whole)
 
 
 def tasks_in_order(programs: Mapping[TensorSpec, Program]) -> list[Task]:

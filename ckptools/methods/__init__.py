@@ -51,6 +51,7 @@ class Method:
     keyword_models  model parameters given by keyword (`base=C`)
     scalars     the numbers it takes, in order
     random      whether it draws random numbers (an `rng` parameter)
+    doubles     whether it is computed in fp64 whatever is stored
     kinds       model parameter -> the kind of file it must be (`family.KINDS`), where a method
                 takes models of several kinds: the result is of its anchor's kind
     """
@@ -68,6 +69,7 @@ class Method:
     random: bool
     summary: str
     scratch: int = 0
+    doubles: bool = False
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ def merge_method(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     minimum: int = 1,
     scratch: int = 0,
+    doubles: bool = False,
     kinds: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a merge method; its signature is its schema.
@@ -106,7 +109,9 @@ def merge_method(
     Parameters annotated `Tensor` are models, `float` numbers, and one named `rng` asks for
     random numbers. `bounds` gives the allowed range of a number; without it any finite number.
     `minimum` is how many models a variadic method needs. `scratch` is how many temporaries, each
-    the size of the fp32 tensor, a whole-tensor method makes (for the predicted peak memory).
+    the size of the tensor in the arithmetic's precision, a whole-tensor method makes (for the
+    predicted peak memory). `doubles`: results often lie in the middle between two fp16 numbers, or
+    so near that fp32 would round more than 0.1 % of them to the other one.
     `kinds` says of every model parameter what kind of file it takes, where they differ.
     """
 
@@ -133,6 +138,7 @@ def merge_method(
             random=random,
             summary=(inspect.getdoc(function) or "").split("\n", maxsplit=1)[0],
             scratch=scratch,
+            doubles=doubles,
             kinds=MappingProxyType(dict(kinds or {})),
         )
         return function

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     source="Yu et al. 2023, arXiv 2311.03099, equations 2 and 3 (rescaled by 1 / density, as in "
     "the paper and PEFT; mergekit rescales by an empirical ratio)",
     bounds={"density": (1e-6, 1.0)},
+    doubles=True,
 )
 def dare(
     *models: Tensor, base: Tensor, density: float = 0.5, scale: float = 1.0, rng: Random
@@ -33,6 +34,6 @@ def dare(
     total = torch.zeros_like(base)
     for stream, model in enumerate(models):
         kept = rng.uniform(stream) < density
-        total += (model - base) * kept
-    total *= scale / density
+        total += (model - base) * kept / density
+    total *= scale
     return torch.where(total == 0.0, base, base + total)  # -0.0 + 0.0 would be 0.0

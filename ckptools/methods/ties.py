@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     bounds={"density": (0.0, 1.0)},
     minimum=2,
     scratch=5,
+    doubles=True,
 )
 def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0) -> Tensor:
     """Trim each task vector, elect a sign per element, average the deltas that agree.
@@ -31,12 +32,15 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
     import torch
 
     mass = torch.zeros_like(base)
+    thresholds = []
     for model in models:
-        mass += _trimmed(model - base, density)
+        delta = model - base
+        thresholds.append(_threshold(delta, density))
+        mass += _trimmed(delta, thresholds[-1])
     plus = mass >= 0.0
     total, count = mass.zero_(), torch.zeros_like(base)
-    for model in models:
-        delta = _trimmed(model - base, density)
+    for model, threshold in zip(models, thresholds, strict=True):
+        delta = _trimmed(model - base, threshold)
         delta.masked_fill_(torch.where(plus, delta <= 0.0, delta >= 0.0), 0.0)
         total += delta
         count += delta != 0.0
@@ -45,17 +49,20 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
     return torch.where(moved == 0.0, base, base + moved)  # -0.0 + 0.0 would be 0.0
 
 
-def _trimmed(delta: Tensor, density: float) -> Tensor:
-    """`delta` with all but the floor(density * n) largest magnitudes set to zero, in place."""
-    import numpy as np
-
+def _threshold(delta: Tensor, density: float) -> float | None:
+    """The smallest of the floor(density * n) largest magnitudes; None where none is kept."""
     keep = int(density * delta.numel())
     if keep == 0:
+        return None
+    if keep == delta.numel():
+        return 0.0
+    size = delta.abs().reshape(-1).numpy()
+    size.partition(size.size - keep)
+    return float(size[size.size - keep])
+
+
+def _trimmed(delta: Tensor, threshold: float | None) -> Tensor:
+    """`delta` with all magnitudes below the threshold set to zero, in place."""
+    if threshold is None:
         return delta.zero_()
-    if keep < delta.numel():
-        size = delta.abs().reshape(-1).numpy()
-        size.partition(size.size - keep)
-        threshold = float(np.asarray(size[size.size - keep]))
-        del size  # as large as the tensor
-        delta.masked_fill_(delta.abs() < threshold, 0.0)
-    return delta
+    return delta.masked_fill_(delta.abs() < threshold, 0.0)

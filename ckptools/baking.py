@@ -5,12 +5,13 @@ Reads no tensor bytes but single numbers (alpha, scale); no torch.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptools.formula import AdapterDelta, Applied, Baked, Linear
+from ckptools.formula import AdapterDelta, Applied, Baked, Leaf, Linear
 from ckptools.lora.group import AdapterFile, Module
 from ckptools.lora.kinds import load_kinds
 from ckptools.lora.match import Match
@@ -173,16 +174,26 @@ def adapters_in(form: Linear) -> list[AdapterDelta | Baked]:
 
 
 def over_base(form: Linear, base: str) -> Linear:
-    """The base alone under the adapters that a form ends in: for tensors that a model lacks."""
-    rest = [term for term in form.terms if not isinstance(term[0], AdapterDelta)]
-    result = Linear.of(base)
-    if len(rest) == 1 and isinstance(rest[0][0], Baked) and rest[0][1] == 1.0:
-        inner = rest[0][0]
-        result = Linear.of(Baked(over_base(inner.model, base), inner.adapter, inner.strength))
-    for leaf, value in form.terms:
-        if isinstance(leaf, AdapterDelta):
-            result = result + Linear.of(leaf) * value
+    """The base in the place of every model, with what adapters do to it: for what a model lacks.
+
+    0.5 * bake(A, L) + 0.5 * B becomes 0.5 * bake(A, L) + 0.5 * A; without adapters it is A.
+    """
+    changed = [(leaf, value) for leaf, value in form.terms if adapters_in(Linear.of(leaf))]
+    models = [value for leaf, value in changed if not isinstance(leaf, AdapterDelta)]
+    rest = 1.0 - math.fsum(models)
+    result = Linear.of(base) * (rest if abs(rest) > 1e-12 else 0.0)
+    for leaf, value in changed:
+        result = result + Linear.of(_leaf_over(leaf, base)) * value
     return result
+
+
+def _leaf_over(leaf: Leaf, base: str) -> Leaf:
+    match leaf:
+        case Applied(models=models):
+            return replace(leaf, models=tuple(over_base(model, base) for model in models))
+        case Baked(model=model):
+            return replace(leaf, model=over_base(model, base))
+    return leaf
 
 
 def numbers_of(source: Source, module: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -717,8 +717,7 @@ class Scaled:
 
     of: Written
     factor: float
-    total: float
-    size: int
+    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -728,11 +727,19 @@ class Summed:
     left: Written
     right: Written
     sign: int
+    sums: Sums
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of the coefficients of what is written, of their magnitudes, and how many there are."""
+
     total: float
-    size: int
+    magnitude: float
+    count: int
 
 
-# How a form of models alone is written. total: the sum of its coefficients; size: its models.
+# How a form of models alone is written.
 Written: TypeAlias = str | Scaled | Summed
 MAX_WRITTEN = 64  # models in it; a `let` that uses a `let` twice, and so on, would have no end
 
@@ -848,9 +855,14 @@ class Linear:
         return text or "0"
 
 
-def total_of(written: Written) -> float:
-    """The sum of the coefficients: 0 of a difference, but for roundings."""
-    return 1.0 if isinstance(written, str) else written.total
+def is_difference(written: Written) -> bool:
+    """Whether the coefficients cancel, but for roundings."""
+    sums = _sums_of(written)
+    return abs(sums.total) <= 1e-12 * sums.magnitude
+
+
+def _sums_of(written: Written) -> Sums:
+    return Sums(1.0, 1.0, 1) if isinstance(written, str) else written.sums
 
 
 def models_of(written: Written) -> Iterator[str]:
@@ -868,15 +880,19 @@ def models_of(written: Written) -> Iterator[str]:
 def _scaled(of: Written | None, factor: float) -> Written | None:
     if of is None:
         return None
-    return Scaled(of, factor, total_of(of) * factor, 1 if isinstance(of, str) else of.size)
+    sums = _sums_of(of)
+    sums = replace(sums, total=sums.total * factor, magnitude=sums.magnitude * abs(factor))
+    return Scaled(of, factor, sums)
 
 
 def _summed(left: Written | None, right: Written | None, sign: int) -> Written | None:
     if left is None or right is None:
         return None
-    size = sum(1 if isinstance(each, str) else each.size for each in (left, right))
-    total = total_of(left) + sign * total_of(right)
-    return Summed(left, right, sign, total, size) if size <= MAX_WRITTEN else None
+    one, other = _sums_of(left), _sums_of(right)
+    sums = Sums(
+        one.total + sign * other.total, one.magnitude + other.magnitude, one.count + other.count
+    )
+    return Summed(left, right, sign, sums) if sums.count <= MAX_WRITTEN else None
 
 
 def _leaf_without(leaf: Leaf, models: Collection[str]) -> Leaf | None:
@@ -983,13 +999,15 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
             keywords = {name: value for name, value in models if name in method.keyword_models}
             result: Linear = method.function(*positional, **keywords, **numbers)
             return result
-        _check_models(method, bound, [model for _, model in models], inside)
+        for (parameter, model), (_, value) in zip(models, bound.models, strict=True):
+            _check_model(method.name, parameter, model, inside, value.column)
         ordered = tuple((name, numbers[name]) for name in method.scalars)
         return Linear.of(Applied(method.name, tuple(value for _, value in models), ordered))
 
     def baked(call: Call, inside: Formula) -> Linear:
         bake = bind_bake(call, inside)
         model, strength = form(bake.model, inside), scalar(bake.weight, inside)
+        _check_model(BAKE, "model", model, inside, bake.model.column)
         if strength == 0 or not isinstance(bake.adapter, Name):
             return model
         return Linear.of(Baked(model, bake.adapter.id, strength))
@@ -997,16 +1015,13 @@ def specialise(formula: Formula, scope: Scope, value_of: Mapping[str, float]) ->
     return _all_finite(form(formula.tree, formula), formula)
 
 
-def _check_models(method: Method, bound: Bound, models: Sequence[Linear], inside: Formula) -> None:
+def _check_model(method: str, parameter: str, model: Linear, inside: Formula, column: int) -> None:
     """`RecipeError` where an argument is a difference with these numbers, or nothing at all."""
-    for (name, value), model in zip(bound.models, models, strict=True):
-        if model.is_difference:
-            what = f"{name!r} is {model}, a difference"
-            if not model.terms:
-                what = f"nothing is left of {name!r}"
-            raise inside.error(
-                f"{method.name}: with these numbers {what}", value.column, "check the parameters"
-            )
+    if model.is_difference:
+        what = f"{parameter!r} is {model}, a difference"
+        if not model.terms:
+            what = f"nothing is left of {parameter!r}"
+        raise inside.error(f"{method}: with these numbers {what}", column, "check the parameters")
 
 
 def _all_finite(form: Linear, inside: Formula) -> Linear:

@@ -1135,16 +1135,9 @@ class _Planner:
             if step.form is not None
             for leaf in adapters_in(step.form)
         }
-        usual = {own: name for name, own in self.base.names.items()}
-        lacked = {usual.get(s.spec.name, s.spec.name) for s in plan.steps if s.lacking}
         self.warnings += [
-            f"{name} changes nothing: "
-            + (
-                "its weight is 0 for all that it has modules for"
-                if lacked.isdisjoint(baking.match.placed)
-                else "its weight is 0, or another model lacks the tensor, wherever it has modules"
-            )
-            for name, baking in self.bakings.items()
+            f"{name} changes nothing: its weight is 0 for all that it has modules for"
+            for name in self.bakings
             if name not in working
         ]
 

@@ -19,8 +19,8 @@ from ckptools.formula import (
     Scaled,
     Summed,
     Written,
+    is_difference,
     models_of,
-    total_of,
 )
 from ckptools.lora.dora import Reading
 from ckptools.lora.match import Placed
@@ -223,15 +223,15 @@ class _Compiler:
             case str():
                 return [(float(sign), self.index[written])]
             case Scaled(of=of, factor=factor):
-                if not _is_difference(of):
+                if not is_difference(of):
                     return [(sign * factor, _together(self.written(of)))]
                 of_sign = sign if factor > 0 else -sign
                 return [(abs(factor), _together(self.written(of, of_sign)))]
             case Summed(left=left, right=right, sign=of_right):
                 first, second = (left, sign), (right, sign * of_right)
-                if _is_difference(left) and not _is_difference(right):
+                if is_difference(left) and not is_difference(right):
                     first, second = second, first
-                if not _is_difference(second[0]) or _is_difference(first[0]):
+                if not is_difference(second[0]) or is_difference(first[0]):
                     terms = [*self.written(*first), _as_one(self.written(*second))]
                     return terms[::-1] if len(terms) == 2 and terms[0][0] < 0 else terms
                 difference, its_sign = second
@@ -248,16 +248,12 @@ class _Compiler:
                 return self.index[leaf]
 
 
-def _is_difference(written: Written) -> bool:
-    return abs(total_of(written)) < 1e-12
-
-
 def _alone(written: Written, factor: float = 1.0) -> Iterator[tuple[str, float]]:
     """Models that are not within a difference, with their coefficients."""
     match written:
         case str():
             yield written, factor
-        case _ if _is_difference(written):
+        case _ if is_difference(written):
             return
         case Scaled(of=of, factor=more):
             yield from _alone(of, factor * more)

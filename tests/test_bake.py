@@ -686,20 +686,42 @@ def test_what_another_model_lacks_is_the_bases_with_the_adapter(
     assert "strict: B lacks it" in error.what
 
 
-def test_an_adapter_of_what_another_model_lacks_is_not_called_weightless(
-    models: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("text", ["0.5 * bake(A, L) + 0.5 * B", "slerp(bake(A, L), B, t=0.5)"])
+def test_an_adapter_of_what_another_model_lacks_goes_into_the_base_where_it_stands(
+    text: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
+    """A DoRA, which is no delta, too: the same as with the base in the other model's place."""
     tensors = {k: v for k, v in load_file(models["B"]).items() if k != TENSOR_K}
     sources = {"A": models["A"], "B": write_tensors(tmp_path / "B.safetensors", tensors)}
     dora = lora(STEM_K, 10, 24) | {f"{STEM_K}.dora_scale": 1 + noise(10, 1)}
     sources["L"] = adapter(tmp_path, dora)
 
-    plan = planned(tmp_path, sources, "bake(A, L) * 0.5 + B * 0.5")
+    plan = planned(tmp_path, sources, text)
+    found = baked(tmp_path, sources, text)[TENSOR_K]
+    alike = baked(tmp_path, sources, text.replace("B", "A"))[TENSOR_K]
 
-    assert (
-        "L changes nothing: its weight is 0, or another model lacks the tensor, wherever it has "
-        "modules"
-    ) in plan.warnings
+    assert not any("changes nothing" in warning for warning in plan.warnings)
+    assert not torch.equal(found, load_file(models["A"])[TENSOR_K])
+    assert torch.equal(found, alike)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bake(A * M, L)",
+        "0.5 * bake(A * M, L) + 0.5 * B",
+        "slerp(bake(A * M, L), B)",
+        "bake(A - B * M, L) + A",
+    ],
+)
+def test_a_bake_into_nothing_is_refused(text: str, models: dict[str, Path], tmp_path: Path) -> None:
+    sources = models_of(models, "AB") | {"L": adapter(tmp_path, lora(STEM_K, 10, 24))}
+    number = 1.0 if "A -" in text else 0.0
+
+    with pytest.raises(RecipeError, match="bake: with these numbers") as caught:
+        planned(tmp_path, sources, text, params={"M": number})
+
+    assert "'model'" in caught.value.what
 
 
 @pytest.mark.parametrize("kinds", [("dora", "lora"), ("lora", "dora"), ("ia3", "lora")])

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (
@@ -17,6 +18,8 @@ _SIGNALS = (
     signal.SIGTERM,
     *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),  # Windows has none
 )
+# What has got its final name: an interruption that comes later has it to tell.
+finished: list[Path] = []
 _Handler = Callable[[int, FrameType | None], object]
 
 

@@ -61,12 +61,8 @@ def shown_path(path: Path) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    class PipeConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would exit with 1, and `cli` says how to exit
-
     stream = sys.stderr if stderr else sys.stdout
-    return PipeConsole(
+    return Console(
         file=stream,
         highlight=False,
         markup=False,

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from ckptools.errors import OutputError
-from ckptools.interrupts import held_back
+from ckptools.interrupts import finished, held_back
 from ckptools.tensors import TensorSpec, file_order
 
 PART_SUFFIX = ".part"
@@ -239,6 +239,7 @@ class PartFile:
             raise appeared(self.layout.path) from exc
         except OSError as exc:
             raise output_error(exc, self.layout.path) from exc
+        finished.append(self.layout.path)
         self._ours = False
         self._close()
 
@@ -411,6 +412,7 @@ class PartFolder:
         except OSError as exc:
             _remove(self.part)
             raise output_error(exc, self.path) from exc
+        finished.append(self.path)
         if old:
             _remove(old)
         sync_folder(self.path.parent)

@@ -16,11 +16,15 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
 from ckptools.errors import CkptError, Interrupted, nearest
+from ckptools.interrupts import finished
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _COMMANDS = (
     "merge", "plan", "explain", "inspect", "diff", "kinship", "verify", "render", "check", "hash",
@@ -87,7 +91,10 @@ def group() -> None:
     """
 
 
+# Windows says EINVAL.
+_READER_LEFT = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
 _OS_FIXES = {
+    errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some space, or write to another disk",
     errno.EACCES: "check its rights, or write elsewhere",
@@ -99,8 +106,6 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     gc.set_threshold(*_COLLECT_RARELY)
     _open_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a table in a locale that has no such letters
     for number in _TERMINATING:
         signal.signal(number, _on_terminate)
     sys.unraisablehook = _interrupt_again
@@ -112,17 +117,53 @@ def main() -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Where a shell has closed stdin, stdout or stderr (`>&-`), give them the null device.
+    """Streams that no reader who leaves, and no shell that has closed them (`>&-`), can fail.
 
-    A model that is opened would get the number of the closed one, and be written to.
+    A model that is opened would get the number of a closed one, and be written to.
     """
     for number in range(3):
+        if not _is_open(number):
+            null = os.open(os.devnull, os.O_RDWR)  # mostly the lowest number that is free: this one
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+    sys.stdout = _stream(sys.stdout, 1, "replace")  # a table in a locale that has no such letters
+    sys.stderr = _stream(sys.stderr, 2, "backslashreplace")
+
+
+def _is_open(number: int) -> bool:
+    """Whether a standard stream is there: 1 and 2 to be written to, not a script that sh reads."""
+    try:
+        os.fstat(number)
+        import fcntl
+
+        access = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+    except ImportError:  # Windows
+        return True
+    except OSError:
+        return False
+    return number == 0 or access != os.O_RDONLY
+
+
+def _stream(given: TextIO | None, number: int, errors: str) -> TextIO:
+    if isinstance(given, io.TextIOWrapper) and given.isatty():
+        given.reconfigure(errors=errors)
+        return given
+    encoding = given.encoding if given is not None else None
+    raw = io.BufferedWriter(_Heedless(number, "w", closefd=False))
+    return io.TextIOWrapper(raw, encoding, errors, line_buffering=number == 2)
+
+
+class _Heedless(io.FileIO):
+    """A pipe whose reader may leave, as `head` does: the rest is dropped, and the work goes on."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
-    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+            return super().write(data)
+        except OSError as exc:
+            if exc.errno not in _READER_LEFT:
+                raise
+            return len(memoryview(data))
 
 
 def run(arguments: list[str]) -> int:
@@ -130,6 +171,7 @@ def run(arguments: list[str]) -> int:
     words = [word for word in arguments if not word.startswith("-")]
     command = "-".join(words[: 2 if words[:1] == ["lora"] else 1])
     as_json = bool(command) and "--json" in arguments
+    finished.clear()
     try:
         result = group.main(args=arguments, prog_name="ckptools", standalone_mode=False)
         sys.stdout.flush()
@@ -145,9 +187,6 @@ def run(arguments: list[str]) -> int:
         return _usage_error(exc, command, as_json=as_json)
     except CkptError as exc:
         return _show(exc, command, as_json=as_json)
-    except (BrokenPipeError, SystemExit):  # `ckptools … | head`; click exits where it meets one
-        sys.stdout = io.StringIO()  # nothing is left to flush to
-        return 0
     except OSError as exc:  # a disk that fails, a name that is too long
         fix = _OS_FIXES.get(exc.errno or 0, "")
         where = exc.filename or ("standard output" if exc.errno == errno.ENOSPC else "")
@@ -161,7 +200,9 @@ def run(arguments: list[str]) -> int:
 
 def _cancelled(exc: BaseException) -> int:
     said = next((each for each in (exc, exc.__cause__) if isinstance(each, Interrupted)), None)
-    click.echo(str(said or "interrupted; nothing was left behind"), err=True)
+    there = [path for path in finished if path.exists()]  # not in a folder that was removed
+    kept = f"{there[0]} is written" if there else "nothing was left behind"
+    click.echo(str(said or f"interrupted; {kept}"), err=True)
     return _CANCELLED
 
 

@@ -964,7 +964,7 @@ def test_a_script_that_the_shell_left_as_stderr_is_not_written_to(recipe: Path) 
 def test_an_interruption_after_the_output_was_written_says_so(
     recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(folder: Path) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workflow, "sync_folder", interrupt)

@@ -111,8 +111,8 @@ INLINE int encode_f16(const float *values, uint8_t *out, int64_t count) {
     uint32_t units = bits_of(float_of(size) + float_of(exponent + rounder)) - (exponent + rounder);
     uint32_t half = ((exponent - lowest) >> 13) + units;
     uint32_t over = size >= 0x477ff000; /* 65520, which rounds to Inf */
-    half = over ? (size > 0x7f800000 ? 0x7e00 : 0x7c00) : half;
-    uint16_t stored = (uint16_t)((bits >> 16 & 0x8000) | half);
+    half = (bits >> 16 & 0x8000) | (over ? 0x7c00 : half);
+    uint16_t stored = (uint16_t)(size > 0x7f800000 ? 0x7e00 : half); /* every NaN is this one */
     odd |= over;
     memcpy(out + 2 * i, &stored, 2);
   }
@@ -161,15 +161,17 @@ WIDE_TARGET static void decode_f16_wide(const uint8_t *data, float *out, int64_t
 
 WIDE_TARGET static int encode_f16_wide(const float *values, uint8_t *out, int64_t count) {
   const __m128i top = _mm_set1_epi16(0x7c00);
-  __m128i odd = _mm_setzero_si128();
+  int odd = 0;
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-    odd = _mm_or_si128(odd, _mm_cmpeq_epi16(_mm_and_si128(half, top), top));
-    _mm_storeu_si128((__m128i *)(out + 2 * i), half);
+    __m128i large = _mm_cmpeq_epi16(_mm_and_si128(half, top), top);
+    if (_mm_testz_si128(large, large))
+      _mm_storeu_si128((__m128i *)(out + 2 * i), half);
+    else /* the processor keeps what a NaN holds */
+      odd |= encode_f16(values + i, out + 2 * i, 8);
   }
-  int last = encode_f16(values + i, out + 2 * i, count - i);
-  return last || !_mm_testz_si128(odd, odd);
+  return odd | encode_f16(values + i, out + 2 * i, count - i);
 }
 #endif
 

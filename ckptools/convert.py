@@ -45,7 +45,7 @@ from ckptools.manifest import (
     with_hash,
 )
 from ckptools.placement import Place, folder_problems
-from ckptools.program import Compute, Copy, Mix, Program, Read
+from ckptools.program import Compute, Copy, Program, Read, cast
 from ckptools.progress import Progress
 from ckptools.quantised import not_numbers, quantised_in
 from ckptools.sources import open_checkpoint
@@ -184,9 +184,9 @@ class Conversion:
     def counts(self) -> dict[str, int]:
         """Tensors that are copied, cast and dropped."""
         programs = [p for file in self.written for _, p in file.programs.values()]
-        cast = sum(isinstance(program, Compute) for program in programs)
+        computed = sum(isinstance(program, Compute) for program in programs)
         dropped = sum(map(len, self.dropped.values()))
-        return {"copied": len(programs) - cast, "cast": cast, "dropped": dropped}
+        return {"copied": len(programs) - computed, "cast": computed, "dropped": dropped}
 
     @property
     def output_bytes(self) -> int:
@@ -476,7 +476,7 @@ class _Planner:
         is_kept = not spec.is_float or not spec.numel or is_protected
         if wanted in (KEEP, spec.dtype) or is_kept:
             return spec, Copy(read)
-        return replace(spec, dtype=wanted), Compute(Mix(((1.0, 0),)), (read,), "F32")
+        return replace(spec, dtype=wanted), cast(read)
 
     def _shards(
         self,

@@ -59,6 +59,7 @@ from ckptools.program import (
     Widen,
     applied_in,
     baked_in,
+    cast,
     compile_mix,
     reads_of,
 )
@@ -814,8 +815,7 @@ class _Planner:
                 step = replace(step, why=f"{why}; adapters go into the base's")
             return replace(step, lines=lines, lacking=lacking)
         if spec.numel == 0:
-            return _bare(spec, "carried", Copy(own) if spec.dtype == own.spec.dtype
-                         else Compute(Mix(((1.0, 0),)), (own,), "F32"), "empty")  # fmt: skip
+            return _single(spec, own, "carried", "empty")
         return replace(self._formed(name, spec, form, own), form=form, lines=lines)
 
     def _number_errors(self) -> Iterator[CkptError]:
@@ -1215,9 +1215,8 @@ def _single(spec: TensorSpec, read: Read, action: Action, why: str) -> Step:
     """A tensor that is one read, as bytes, or cast where the dtypes differ."""
     if read.spec.dtype == spec.dtype:
         return _bare(spec, action, Copy(read), why)
-    cast = Compute(Mix(((1.0, 0),)), (read,), "F32")
     kept: Action = action if action == "carried" else "cast"
-    return _bare(spec, kept, cast, f"{why}, {read.spec.dtype} to {spec.dtype}")
+    return _bare(spec, kept, cast(read), f"{why}, {read.spec.dtype} to {spec.dtype}")
 
 
 def _needs_whole(mix: Mix) -> bool:

@@ -118,6 +118,11 @@ class Compute:
     deltas: tuple[tuple[Change, ...], ...] = ()
 
 
+def cast(read: Read) -> Compute:
+    """A read's values, rounded once to the output dtype."""
+    return Compute(Mix(((1.0, 0),)), (read,), "F64")
+
+
 @dataclass(frozen=True)
 class Widen:
     """`common` over the first input channels, the rest of them from `extra`, unscaled.

@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ckptools.errors import CkptError, InputError, ManyErrors, OutputError, RecipeError, UsageError
+from ckptools.native import KERNELS
+from ckptools.plain import needs_torch
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.program import Compute, Copy, PositionIds, Widen, reads_of
 from ckptools.recipe import parse_recipe
@@ -476,6 +478,8 @@ def test_a_taken_component_is_stored_in_the_dtype_the_recipe_names(
     assert {step.spec.dtype for step in kept.steps if step.component == "vae"} == {"F32"}
     assert {step.spec.dtype for step in cast.steps if step.component == "vae"} == {"BF16"}
     assert {step.action for step in cast.steps if step.component == "vae"} == {"cast"}
+    if KERNELS is not None:
+        assert not needs_torch((step.program, step.spec.dtype) for step in cast.steps)
 
 
 def test_a_base_without_a_vae_gets_one(

@@ -126,6 +126,8 @@ class Unit:
 def cut_units(tasks: Sequence[Task]) -> Iterator[Unit]:
     """Cut the output, in file order, into runs of about `UNIT_BYTES`, of pieces up to `SPAN_BYTES`.
 
+    A piece's inputs are no longer than that either.
+
     Tensors that need to be whole are never cut; empty tensors belong to no unit's bytes.
     """
     gathered: list[Piece] = []
@@ -143,7 +145,10 @@ def cut_units(tasks: Sequence[Task]) -> Iterator[Unit]:
 
 def _pieces(task: Task) -> Iterator[Piece]:
     spec = task.spec
-    step = SPAN_BYTES * 8 // DTYPES[spec.dtype].bits
+    reads = task.program.reads if isinstance(task.program, Compute) else ()
+    step = (
+        SPAN_BYTES * 8 // max(DTYPES[each.dtype].bits for each in (spec, *(r.spec for r in reads)))
+    )
     if is_whole(task.program) or spec.numel <= step:
         step = max(spec.numel, 1)
     for begin in range(0, max(spec.numel, 1), step):

@@ -911,17 +911,21 @@ def parse_recipe(
 
 def _words(*nodes: yaml.Node | None) -> list[str]:
     """Every name in the formulas below some nodes, whether or not they can be read, in order."""
-    texts = [node.value for root in nodes if root is not None for node in _scalars(root)]
+    seen: set[int] = set()
+    texts = [node.value for root in nodes if root is not None for node in _scalars(root, seen)]
     return [word for text in texts for word in re.findall(r"[^\W\d]\w*", text)]
 
 
-def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
-    """The text below a node, keys left out."""
+def _scalars(node: yaml.Node, seen: set[int]) -> Iterator[yaml.ScalarNode]:
+    """The text below a node, keys left out; each node once, for an alias may be its own child."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         yield node
     elif isinstance(node, yaml.MappingNode):
         for _, value in node.value:
-            yield from _scalars(value)
+            yield from _scalars(value, seen)
 
 
 def _check_version(reader: _Reader, node: yaml.Node | None) -> None:

@@ -16,12 +16,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
+from functools import cached_property
 from types import MappingProxyType
 
 from ckptools.errors import CkptError, InputError, RecipeError, closest, nearest, raise_all
 from ckptools.family import Family, load_families
 
-_GLOB_LETTERS = frozenset("*?[.")
+_WILDCARDS = frozenset("*?[")
+_GLOB_LETTERS = _WILDCARDS | {"."}
 _BLOCK_LIKE = re.compile(r"(BASE|IN|M|MID|OUT)\d{0,3}", re.IGNORECASE)
 
 
@@ -201,13 +203,22 @@ class _Grounds:
 
     def glob(self, pattern: str) -> list[str]:
         """Names that fit, by the file's own or their canonical spelling."""
+        if not _WILDCARDS & set(pattern):  # a line for every tensor is a dictionary's work
+            return self._spelt.get(pattern, [])
         matches = re.compile(translate(pattern)).match
-        usual, own = self.family.canonical_name, self.own
-        return [
-            name
-            for name in self.names
-            if matches(name) or matches(usual(name)) or matches(own.get(name, name))
-        ]
+        fitting = {name for spelling, names in self._spelt.items() if matches(spelling)
+                   for name in names}  # fmt: skip
+        return [name for name in self.names if name in fitting]
+
+    @cached_property
+    def _spelt(self) -> Mapping[str, list[str]]:
+        """Every spelling of every tensor -> the names that are spelt so."""
+        spelt: dict[str, list[str]] = {}
+        for name in self.names:
+            own = self.own.get(name, name)
+            for spelling in dict.fromkeys((name, self.family.canonical_name(name), own)):
+                spelt.setdefault(spelling, []).append(name)
+        return spelt
 
 
 def _checked_selection(

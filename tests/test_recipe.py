@@ -576,6 +576,7 @@ def test_a_model_may_have_a_file_name_that_yaml_would_read_as_something_else(wor
         ("ckptools: 1\nmerge: @A\n", "cannot start any token", ":2:8", "in quotes"),
         ("ckptools: 1\nmodels: a: b\n", "not YAML", ":2:10", "space after `:`"),
         (with_line("params: {M: {*attn2*: 1}}"), "not YAML", ":5:20", "in quotes"),
+        (with_line("let: &l {x: *l}"), "let 'x' must be text", ":5", "value"),
         (with_line("params:\n  M:\n    *attn: 1"), "undefined alias", ":7:5", "in quotes"),
         (with_line("base: !!python/name:os.system A"), "'!!python/name:os.system'", ":5", "remove"),
         (with_line("base: !include a.yaml"), "the tag '!include'", ":5", "remove it"),
@@ -596,11 +597,18 @@ def test_what_is_no_recipe_says_so(text: str, what: str, where: str, fix: str) -
 
 
 def test_a_recursive_or_deep_file_is_refused_not_followed() -> None:
+    """Nor one whose aliases stand for 9^9 texts."""
     recursive = errors_of(with_line("params: &a\n  M: {default: *a}"))
     deep = errors_of("a: " + "[" * 5000)
+    rows = ["a0: &a0 {k: A}"]
+    for number in range(1, 10):
+        inner = ", ".join(f"k{at}: *a{number - 1}" for at in range(9))
+        rows.append(f"a{number}: &a{number} {{{inner}}}")
+    many = errors_of(with_line("\n".join(rows) + "\nlet: *a9"))
 
     assert "it is a mapping" in recursive[0].what
     assert deep[0].what == "nested too deeply"
+    assert any("let 'k0' must be text, it is a mapping" in error.what for error in many)
 
 
 @pytest.mark.parametrize("place", ["let", "merge"])

@@ -34,6 +34,7 @@ from ckptools.errors import (
     raise_all,
 )
 from ckptools.family import Detection, Family, detect, family_of, kind_words
+from ckptools.filetypes import as_safetensors
 from ckptools.folders import MAIN_COMPONENTS, SIDE_FILE, as_folder, is_diffusers_folder, renamed
 from ckptools.keymap import KeyMap, key_map, key_map_ids
 from ckptools.known import incomplete_parts
@@ -140,7 +141,7 @@ class Request:
         if self.to == "single":
             raise UsageError(
                 f"the output {self.output.name!r} does not end in .safetensors",
-                fix=f"write {self.output.name + '.safetensors'!r}",
+                fix=f"write {as_safetensors(self.output).name!r}",
             )
         if suffix in _FILE_SUFFIXES or closest(suffix, [".safetensors"]):
             raise UsageError(

@@ -155,6 +155,12 @@ def _pieces(task: Task) -> Iterator[Piece]:
         yield Piece(task, begin, min(begin + step, spec.numel))
 
 
+def _wider(dtype: str) -> str:
+    """What else to do about values that are too large for a dtype: store them as another."""
+    wider = {"F32": "", "F64": "", "BF16": "fp32"}.get(dtype, "bf16 or fp32")
+    return f"store this component as {wider} (`output.dtype`), or " if wider else ""
+
+
 def is_whole(program: Program) -> bool:
     """Whether a program needs its whole tensor at a time."""
     return isinstance(program, Widen) or (isinstance(program, Compute) and program.whole)
@@ -336,7 +342,7 @@ class Engine:
             f"{count:,} values of the result are too large for {spec.dtype} "
             f"(largest {largest:g}), or not numbers",
             where=spec.name,
-            fix="store this component as fp32 (`output.dtype`), or lower the coefficients",
+            fix=_wider(spec.dtype) + "lower the coefficients",
         )
 
     def _count_in(self, read: Read) -> int:

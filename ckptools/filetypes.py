@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 SNIFF_BYTES = 512
+_MODEL_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ _PAGES = (b"<!doctype", b"<html", b"<head")
 _JSON = re.compile(rb"\s*(?:\{\s*(?:[\"}]|\Z)|\[\s*(?:[\[{\"\-\d\]tfn]|\Z))")
 _RECIPE = re.compile(r"^ckptools\s*:", re.MULTILINE)
 _SHOWN_CHARS = 60
+
+
+def as_safetensors(path: Path) -> Path:
+    """The name of a safetensors file: its suffix replaces one of models, or is put behind."""
+    if path.suffix.lower() in _MODEL_SUFFIXES:
+        return path.with_suffix(".safetensors")
+    return path.with_name(f"{path.name}.safetensors")
 
 
 def file_type(head: bytes) -> FileType | None:

@@ -6,6 +6,7 @@ All that is wrong is reported together. Reads no tensor bytes, no torch.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -99,7 +100,8 @@ class Step:
 
     form    the formula with this tensor's numbers, or None where no formula applies
     why     the reason, in words
-    lacking  what models of the formula have no floats for it; it is the base's therefore
+    lacking  models of the formula that have no part in it, as one of them or the base has no
+             floats for it; it is the base's therefore
     lines   the recipe lines that set each parameter: name -> line
     """
 
@@ -791,7 +793,17 @@ class _Planner:
             why = note if spec.dtype != "I64" else "position ids are never averaged"
             return _bare(repaired, "carried", PositionIds(own), why)
         if not spec.is_float:
-            return _bare(spec, "carried", Copy(own), f"{spec.dtype} values are never averaged")
+            step = _bare(spec, "carried", Copy(own), f"{spec.dtype} values are never averaged")
+            floats = [
+                model
+                for model in self.used
+                if self._has(model, name) and self._read(self.by_name[model], name).spec.is_float
+            ]
+            if not floats:
+                return step
+            theirs = f"{' and '.join(floats)} {'store' if floats[1:] else 'stores'} floats"
+            why = f"{self.base.name} stores {spec.dtype}, {theirs}"
+            return replace(step, why=why, lacking=tuple(floats))
         if self.family.is_protected(name):
             return _bare(spec, "carried", Copy(own), "protected: part of what the model is")
         dtype = self._output_dtype(component, spec.dtype)
@@ -1024,10 +1036,16 @@ class _Planner:
                 f"{self.sources[own.source].name} is {list(own.spec.shape)}, "
                 f"{model} is {list(read.spec.shape)}",
                 where=name,
-                fix=f"{model} is {other.title}, {self.base.name} is {self.base.title}; "
-                + (fix or "use models of one shape"),
+                fix=self._kinds_told(other) + (fix or "use models of one shape"),
             )
         )
+
+    def _kinds_told(self, other: Source) -> str:
+        """What the base and another model are, where a family tells."""
+        if {self.base.detection.family, other.detection.family} <= {None, UNKNOWN.id}:
+            return ""
+        titles = f"{other.name} is {other.title}, {self.base.name} is {self.base.title}"
+        return f"{titles}; "
 
     # --- what there is to say ---
 
@@ -1281,4 +1299,7 @@ def _nearest_family(source: Source) -> str:
 
 def _carried_reasons(steps: Iterable[Step]) -> dict[str, int]:
     reasons = Counter(step.why for step in steps if step.lacking)
-    return dict(reasons)
+    return {
+        re.sub(r"\b(lacks?) it\b", r"\1 them", why) if count > 1 else why: count
+        for why, count in reasons.items()
+    }

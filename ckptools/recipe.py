@@ -31,7 +31,7 @@ from ckptools.errors import (
     nearest,
     raise_all,
 )
-from ckptools.filetypes import SNIFF_BYTES, file_type
+from ckptools.filetypes import SNIFF_BYTES, as_safetensors, file_type
 from ckptools.formula import (
     BAKE,
     MAX_DEPTH,
@@ -375,7 +375,7 @@ OUTPUT_KEYS: dict[str, Key] = {
         {"anyOf": [_DTYPE, _map_of(_DTYPE, minProperties=1)]},
     ),
     "shard_size": Key(
-        "Split the output into files of at most this size, such as 5GB.",
+        "Split the output into files of at most this much tensor data each, such as 5GB.",
         {"anyOf": [_TEXT, {"type": "integer", "minimum": MIN_SHARD_BYTES}]},
     ),
     "metadata": Key(
@@ -472,7 +472,11 @@ TOP_KEYS: dict[str, Key] = {
     ),
     "let": Key("Named sub-formulas, in order.", _map_of(_TEXT, propertyNames=_NAMED)),
     "merge": Key("The formula, such as A + (B - C) * M.", _TEXT, required=True),
-    "base": Key("The model that gives the tensors, the metadata and the carried values.", _TEXT),
+    "base": Key(
+        "The model that gives the tensors, the metadata and the carried values. Default: the "
+        "leftmost of the formula outside of differences; of ties and its like, their `base`.",
+        _TEXT,
+    ),
     "loras": Key(
         "Adapters to bake into the result, in this order.",
         {"type": "array", "items": {"anyOf": [_TEXT, _object(LORA_KEYS)]}},
@@ -967,7 +971,7 @@ def _find_lost_names(reader: _Reader, root: yaml.Node, read: Mapping[str, yaml.N
 
 def _identifier(reader: _Reader, key: yaml.Node, name: str, what: str) -> None:
     if not _IDENTIFIER.match(name) or keyword.iskeyword(name):
-        reader.told.add(name)
+        reader.told |= {name, *re.split(r"\W+", name)}  # `my-model` is a difference in a formula
     if not _IDENTIFIER.match(name):
         reader.error(
             key,
@@ -1404,7 +1408,8 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
         return None if given is None else _elsewhere(Output(), given)
     if isinstance(node, yaml.ScalarNode) and node.value:
         what = f"output must be a mapping, it is {_shape(node)}"
-        path = node.value if node.value.endswith(".safetensors") else "merged.safetensors"
+        named = Path(node.value).name not in ("", ".", "..")
+        path = str(as_safetensors(Path(node.value))) if named else "merged.safetensors"
         reader.error(node, what, f"write `output: {{path: {path}}}`")
         return None
     keys = reader.known(node, "output", OUTPUT_KEYS, needless={"path"} if given else ())
@@ -1419,7 +1424,7 @@ def _output(reader: _Reader, node: yaml.Node | None, given: Path | None) -> Outp
         reader.error(
             keys["path"],
             f"the output {path!r} does not end in .safetensors",
-            f"write {str(Path(path).with_suffix('.safetensors'))!r}",
+            f"write {str(as_safetensors(Path(path)))!r}",
         )
     if is_address(path):
         what = f"the output {path!r} is no path of this machine"

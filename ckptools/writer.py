@@ -507,6 +507,12 @@ def output_error(exc: OSError, path: Path) -> OutputError:
             fix="write smaller files (`shard_size: 2GB` of `output`, `--shard-size 2GB` of "
             "`convert`), write to another disk, or raise the limit (`ulimit -f unlimited`)",
         )
+    if exc.errno == errno.ENAMETOOLONG:
+        return OutputError(
+            "the name is too long",
+            where=str(path),
+            fix=f"shorten it: {MANIFEST_SUFFIX + PART_SUFFIX} is put behind it meanwhile",
+        )
     if exc.errno in (errno.EMFILE, errno.ENFILE):
         return OutputError(
             "more files than a process may have open here",

@@ -961,6 +961,24 @@ def test_a_script_that_the_shell_left_as_stderr_is_not_written_to(recipe: Path) 
     assert done.stdout.startswith("wrote ")
 
 
+@pytest.mark.parametrize(
+    ("output", "what", "fix"),
+    [
+        ("out/r3", "does not end in .safetensors", "write 'out/r3.safetensors'"),
+        ("v1.5", "does not end in .safetensors", "write 'v1.5.safetensors'"),
+        ("X.SAFETENSORS", "does not end in .safetensors", "write 'X.safetensors'"),
+        ("bad\udcff.safetensors", "is no text in UTF-8", "choose another name"),
+    ],
+)
+def test_an_output_s_name_and_one_to_take_instead(
+    output: str, what: str, fix: str, recipe: Path, capsys: Captured
+) -> None:
+    assert run(["plan", str(recipe), "-o", output]) == 2
+    told = capsys.readouterr().err
+    assert what in told
+    assert fix in told
+
+
 def test_an_interruption_after_the_output_was_written_says_so(
     recipe: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -686,7 +686,7 @@ def test_an_unknown_model_among_known_ones_is_warned_of(
     assert plan.counts["merged"] == len(some)
     assert any(warning.startswith("the family of P is not known (nearest: sd1, but ")
                for warning in plan.warnings)  # fmt: skip
-    assert f"{1130 - len(some):,} tensors are carried from A: P lacks it" in plan.warnings
+    assert f"{1130 - len(some):,} tensors are carried from A: P lacks them" in plan.warnings
 
 
 def test_a_text_encoder_named_the_nai_way_is_matched(
@@ -857,7 +857,7 @@ def test_tensors_that_a_model_lacks_are_carried_counted_and_told(
 
     assert plan.counts == {"merged": 882, "carried": 249, "copied": 0, "cast": 0}
     assert {step.why for step in carried} == {"X lacks it"}
-    assert "248 tensors are carried from A: X lacks it" in plan.warnings
+    assert "248 tensors are carried from A: X lacks them" in plan.warnings
 
 
 def test_a_model_whose_coefficient_is_zero_need_not_have_the_tensor(
@@ -1331,11 +1331,15 @@ def test_integers_where_others_have_floats_are_told_by_their_dtype(
     }
 
     plan = planned(models, "(A + B + C) / 3")
+    turned = planned({"B": models["B"], "A": models["A"]}, "(A + B) / 2", "base: B")
+    alone = write_tensors(tmp_path / "a.safetensors", {"w": floats["w"]})
     with pytest.raises(InputError, match="no floats in common: W stores I32, not floats") as caught:
-        planned({"A": write_tensors(tmp_path / "a.safetensors", {"w": floats["w"]}),
-                 "W": models["W"]}, "(A + W) / 2")  # fmt: skip
+        planned({"A": alone, "W": models["W"]}, "(A + W) / 2")
+    with pytest.raises(InputError, match="no floats in common: W stores I32, A stores floats"):
+        planned({"A": alone, "W": models["W"]}, "(W + A) / 2")
 
     assert "1 tensor is carried from A: C lacks it, B stores I32, not floats" in plan.warnings
+    assert "1 tensor is carried from B: B stores I32, A stores floats" in turned.warnings
     assert plan.steps[0].lacking == ("C", "B")
     assert caught.value.where == "w"
 

@@ -596,6 +596,14 @@ def test_what_is_no_recipe_says_so(text: str, what: str, where: str, fix: str) -
     assert fix in first.fix
 
 
+def test_a_name_with_a_sign_in_it_is_told_once() -> None:
+    """In the formula it is a difference of two names that nobody meant."""
+    text = MINIMAL.replace("merge: A", "merge: A * 0.5 + my-model * 0.5")
+    (error,) = errors_of(text.replace("{A:", "{my-model: m.safetensors, A:"))
+
+    assert error.what == "'my-model' cannot be the name of a model"
+
+
 def test_a_recursive_or_deep_file_is_refused_not_followed() -> None:
     """Nor one whose aliases stand for 9^9 texts."""
     recursive = errors_of(with_line("params: &a\n  M: {default: *a}"))

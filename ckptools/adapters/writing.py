@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Literal, Self
 
 from ckptools.checkpoint import Checkpoint
 from ckptools.errors import InputError, NonFiniteError, OutputError, raise_all
+from ckptools.filetypes import as_safetensors
 from ckptools.lora.group import CONFIG_KEY, PEFT_CONFIG
 from ckptools.lora.names import Scheme
 from ckptools.placement import Place, folder_problems
@@ -95,7 +96,7 @@ def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:
     if output.suffix != ".safetensors":
         raise OutputError(
             f"the output {str(output)!r} does not end in .safetensors",
-            fix=f"write {str(output) + '.safetensors'!r}",
+            fix=f"write {str(as_safetensors(output))!r}",
         )
     place = Place(output, (output,), tuple(inputs))
     raise_all([*place.problems(force=force), *folder_problems(output.parent, 0)])

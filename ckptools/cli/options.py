@@ -111,6 +111,7 @@ def output_option(function: F) -> F:
 def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None) -> Any:
     """The recipe with the command line's changes."""
     from ckptools.errors import UsageError
+    from ckptools.filetypes import as_safetensors
     from ckptools.hubref import ADDRESS_FIX, is_address
     from ckptools.plan import outline_errors
     from ckptools.recipe import load_recipe
@@ -122,9 +123,23 @@ def load(recipe: Path, settings: Mapping[str, float], output: Path | None = None
         raise UsageError(
             f"the output {str(output)!r} does not end in .safetensors",
             where="--output",
-            fix=f"write {str(output) + '.safetensors'!r}",
+            fix=f"write {str(as_safetensors(output))!r}",
         )
+    if output is not None and not _is_text(output):
+        raise UsageError(
+            f"the output {str(output)!r} is no text in UTF-8", where="--output",
+            fix="choose another name",
+        )  # fmt: skip
     return load_recipe(recipe, overrides=settings, output=output, further=outline_errors)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name is one in letters: systems hand bytes that are none on as half characters."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def published_order(source: Path, options: Mapping[str, Any]) -> tuple[Path, Any]:

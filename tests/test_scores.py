@@ -192,7 +192,7 @@ def spoil(folder: Path, how: str) -> Path:
         ("not JSON", "not JSON"),
         ("a list", "not a mapping in JSON"),
         ("no weights", "without weights"),
-        ("missing", r"without 'logit_scale' and 1 more tensors"),
+        ("missing", r"without 'logit_scale' and 1 more tensor"),
         ("misshapen", r"'(text|visual)_projection.weight' is \[16, 32\], config.json says \[8, 32"),
         ("impossible", "no CLIP model can be built"),
         ("words", "512 words without its tokenizer"),

@@ -282,7 +282,7 @@ def test_a_layer_that_a_base_lacks_is_told(
 
     plan, found = run(recipe({"control": files["control"], "A": files["A"], "C": broken}))
 
-    assert plan.warnings == ("1 tensors are carried from control: C lacks it",)
+    assert plan.warnings == ("1 tensor is carried from control: C lacks it",)
     own = gap.replace(UNET, COPY)
     assert found[own].tobytes() == load_file(files["control"])[own].tobytes()
 

@@ -717,7 +717,6 @@ class Scaled:
 
     of: Written
     factor: float
-    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -727,16 +726,6 @@ class Summed:
     left: Written
     right: Written
     sign: int
-    sums: Sums
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Of the coefficients of what is written, of their magnitudes, and how many there are."""
-
-    total: float
-    magnitude: float
-    count: int
 
 
 # How a form of models alone is written.
@@ -857,42 +846,31 @@ class Linear:
 
 def is_difference(written: Written) -> bool:
     """Whether the coefficients cancel, but for roundings."""
-    sums = _sums_of(written)
-    return abs(sums.total) <= 1e-12 * sums.magnitude
+    values = [value for _, value in occurrences(written)]
+    return abs(math.fsum(values)) <= 1e-12 * math.fsum(map(abs, values))
 
 
-def _sums_of(written: Written) -> Sums:
-    return Sums(1.0, 1.0, 1) if isinstance(written, str) else written.sums
-
-
-def models_of(written: Written) -> Iterator[str]:
-    """The models that are written, repeats included."""
+def occurrences(written: Written, factor: float = 1.0) -> Iterator[tuple[str, float]]:
+    """Every model that is written, with its coefficient there, repeats included."""
     match written:
         case str():
-            yield written
-        case Scaled(of=of):
-            yield from models_of(of)
-        case Summed(left=left, right=right):
-            yield from models_of(left)
-            yield from models_of(right)
+            yield written, factor
+        case Scaled(of=of, factor=more):
+            yield from occurrences(of, factor * more)
+        case Summed(left=left, right=right, sign=sign):
+            yield from occurrences(left, factor)
+            yield from occurrences(right, factor * sign)
 
 
 def _scaled(of: Written | None, factor: float) -> Written | None:
-    if of is None:
-        return None
-    sums = _sums_of(of)
-    sums = replace(sums, total=sums.total * factor, magnitude=sums.magnitude * abs(factor))
-    return Scaled(of, factor, sums)
+    return None if of is None else Scaled(of, factor)
 
 
 def _summed(left: Written | None, right: Written | None, sign: int) -> Written | None:
     if left is None or right is None:
         return None
-    one, other = _sums_of(left), _sums_of(right)
-    sums = Sums(
-        one.total + sign * other.total, one.magnitude + other.magnitude, one.count + other.count
-    )
-    return Summed(left, right, sign, sums) if sums.count <= MAX_WRITTEN else None
+    summed = Summed(left, right, sign)
+    return summed if sum(1 for _ in occurrences(summed)) <= MAX_WRITTEN else None
 
 
 def _leaf_without(leaf: Leaf, models: Collection[str]) -> Leaf | None:

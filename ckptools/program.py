@@ -20,7 +20,7 @@ from ckptools.formula import (
     Summed,
     Written,
     is_difference,
-    models_of,
+    occurrences,
 )
 from ckptools.lora.dora import Reading
 from ckptools.lora.match import Placed
@@ -216,7 +216,7 @@ class _Compiler:
         there are pairs to be made outside of differences, as in A + 0.7 * B - 0.7 * C, or with the
         base within one, as in A - B + C.
         """
-        if {leaf for leaf, _ in form.terms} != {*models_of(written)}:
+        if {leaf for leaf, _ in form.terms} != {model for model, _ in occurrences(written)}:
             return False
         alone = Linear(tuple(_alone(written)))
         is_base_in = self.base in alone.models or self.base not in form.models

@@ -370,11 +370,7 @@ class PartFolder:
                 self.part.mkdir(parents=True, exist_ok=True)
                 there = {item.name for item in self.part.iterdir()}
                 if there and self._LOCK not in there:
-                    raise OutputError(
-                        f"{str(self.part)!r} is in the way",
-                        where=str(self.path),
-                        fix="remove it, or write elsewhere",
-                    )
+                    raise _in_the_way(self.part, "").at(str(self.path))
                 self._number = _open_locked(self.part / self._LOCK)
             for item in self.part.iterdir():
                 if item.name != self._LOCK:

@@ -20,6 +20,13 @@ import numpy as np
 
 from ckptools.codec import aligned, count_nonfinite
 from ckptools.errors import NonFiniteError, NonFiniteSourceError
+from ckptools.footprint import (
+    BUFFERS_PER_WORKER,
+    SPAN_BYTES,
+    UNIT_BYTES,
+    most_whole_bytes,
+    whole_bytes,
+)
 from ckptools.plain import PlainEvaluator, is_plain, needs_torch
 from ckptools.program import Compute, Copy, PositionIds, Program, Read, Widen, reads_of
 from ckptools.tensors import DTYPES, TensorSpec
@@ -31,10 +38,6 @@ if TYPE_CHECKING:
 
     Finished = Generator[NDArray[np.uint8], None, None]
 
-# Spans of 2 MB keep what one read brings in within the third-level cache; units are handed round.
-SPAN_BYTES = 1 << 21
-UNIT_BYTES = 1 << 23
-BUFFERS_PER_WORKER = 2
 ALONE_BYTES = 1 << 23  # less than this is done sooner than threads have shared it out
 
 
@@ -225,15 +228,43 @@ class Scratch:
 # --- the run -----------------------------------------------------------------------------------
 
 
+class _Room:
+    """Memory for tensors that are needed whole: for those that fit in together, or for one."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes, self._taken = nbytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Wait for so much of it, and give it back afterwards."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._nbytes)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
+
+
 class Engine:
-    """Makes the bytes of tasks; one per run, shared by its workers."""
+    """Makes the bytes of tasks; one per run, shared by its workers.
+
+    room  bytes of memory for tensors that are needed whole; one is let in whatever it takes
+    """
 
     def __init__(
-        self, sources: Sequence[Source], labels: Sequence[str], settings: Settings
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[str],
+        settings: Settings,
+        room: int = 0,
     ) -> None:
         self._sources, self._labels, self._settings = sources, labels, settings
         self._evaluation: Evaluation | None = None
-        self._whole = threading.Lock()
+        self._room = _Room(room)
         self._found = threading.Lock()
         self.nonfinite: dict[str, int] = {}
         self.repaired: list[str] = []
@@ -257,8 +288,7 @@ class Engine:
                         spec, program, inputs, begin=piece.begin, out=out, memory=scratch.memory
                     )
             case Compute() | Widen():
-                # one at a time: memory holds one whole tensor, not one per thread
-                with self._whole, self._blaming(piece.task):
+                with self._room.taken(whole_bytes(spec, program)), self._blaming(piece.task):
                     self._torch.fill_whole(spec, program, out)
         self._check(piece, out)
 
@@ -445,7 +475,8 @@ def run(
     hashers   further hashlib objects to feed with the data, in order
     Raises the first error in file order; the sink then holds an unfinished file.
     """
-    engine, units = Engine(sources, labels, settings), cut_units(tasks)
+    room = most_whole_bytes((task.spec, task.program) for task in tasks)
+    engine, units = Engine(sources, labels, settings, room), cut_units(tasks)
     with_torch = needs_torch((task.program, task.spec.dtype) for task in tasks)
     if not with_torch and sum(task.spec.nbytes for task in tasks) <= ALONE_BYTES:
         stream = _alone(engine, units, sink)

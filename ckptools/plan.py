@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from ckptools import footprint
 from ckptools.baking import (
     Baking,
     adapter_bases,
@@ -46,7 +47,6 @@ from ckptools.lora.names import targets
 from ckptools.methods import load_methods
 from ckptools.opening import WHOLE_KINDS, Source, common_family, each_of, open_source, open_sources
 from ckptools.placement import output_problems
-from ckptools.plain import needs_torch
 from ckptools.program import (
     MAX_F32_TERMS,
     Change,
@@ -81,14 +81,6 @@ from ckptools.writer import index_path, lay_out, shard_paths, split_shards
 Action = Literal["merged", "carried", "copied", "cast"]
 ACTIONS: tuple[Action, ...] = ("merged", "carried", "copied", "cast")
 
-# Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas; or without torch.
-PROCESS_BYTES = 240_000_000
-PLAIN_PROCESS_BYTES = 50_000_000
-WORKER_BYTES = 17_000_000  # its output buffers
-_READ_BYTES = 3_000_000  # a span of a read, and a block of it in the arithmetic's precision
-_SPAN_BYTES = 1 << 21  # what a worker makes of a tensor at a time
-_BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
-_DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
 # What an adapter of `loras:` weighs where its weight has no line: it must have no modules there.
 _UNSAID = ParamLine("default", 0.0, may_be_empty=True)
 _SHARED_VAE = ({"sd1", "sd2"},)  # families whose VAEs speak the same latent space
@@ -164,12 +156,8 @@ class Plan:
     @cached_property
     def peak_bytes(self) -> int:
         """Predicted peak of the process's memory."""
-        with_torch = needs_torch((step.program, step.spec.dtype) for step in self.steps)
-        worker = WORKER_BYTES + max(map(_worker_bytes, self.steps), default=0)
-        workers = min(self.threads * worker, self.read_bytes + self.output_bytes)
-        whole = max(map(_whole_bytes, self.steps), default=0)
-        process = PROCESS_BYTES if with_torch else PLAIN_PROCESS_BYTES
-        return process + workers + whole
+        tensors = [(step.spec, step.program) for step in self.steps]
+        return footprint.peak_bytes(tensors, self.threads)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -181,52 +169,6 @@ class Plan:
         """Close the sources."""
         for source in self.sources:
             source.checkpoint.close()
-
-
-def _whole_bytes(step: Step) -> int:
-    """Memory for a tensor that a method needs as a whole, in bytes; 0 where none does."""
-    program = step.program
-    wide = program.deltas if isinstance(program, Widen) else ()
-    if isinstance(program, Widen):
-        program = replace(program.common, whole=True)
-    if not isinstance(program, Compute) or not program.whole:
-        return 0
-    width = _width(program)
-    methods = load_methods()
-    scratches = [methods[node.method].scratch for node in applied_in(program.mix)]
-    scratch = max([*scratches, *(_BAKE_SCRATCH for _ in baked_in(program.mix))], default=1)
-    stored = sum(read.spec.nbytes for read in program.reads) + 2 * step.spec.nbytes
-    deltas = (*program.deltas, *(changes for _, changes in wide))
-    groups = (*deltas, *((change,) for bake in baked_in(program.mix) for change in bake.changes))
-    copies = len(program.reads) + len(deltas) + max(scratch, _DELTA_SCRATCH * bool(deltas))
-    parts = max((_parts_bytes(changes, width) for changes in groups), default=0)
-    return stored + copies * step.spec.numel * width + parts
-
-
-def _worker_bytes(step: Step) -> int:
-    """Memory of each worker for a tensor that is made span by span, in bytes."""
-    program = step.program
-    if not isinstance(program, Compute) or program.whole:
-        return _READ_BYTES * len(reads_of(program))
-    reads = _READ_BYTES * len(program.reads)
-    if not program.deltas:
-        return reads
-    width = _width(program)
-    parts = _parts_bytes([change for delta in program.deltas for change in delta], width)
-    span = min(step.spec.numel, _SPAN_BYTES * step.spec.numel // step.spec.nbytes) * width
-    return reads + parts + (len(program.deltas) + _DELTA_SCRATCH) * span
-
-
-def _parts_bytes(changes: Sequence[Change], width: int) -> int:
-    """Memory for an adapter's tensors in numbers of so many bytes, and one as it is stored."""
-    reads = [read for change in changes for _, read in change.parts]
-    held = sum(read.spec.numel * width for read in reads)
-    return held + max((read.spec.nbytes for read in reads), default=0)
-
-
-def _width(program: Compute) -> int:
-    """Bytes of a number in the precision of the arithmetic."""
-    return 4 if program.precision == "F32" else 8
 
 
 # --- the plan ----------------------------------------------------------------------------------

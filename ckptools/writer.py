@@ -604,15 +604,22 @@ def _is_ours(number: int) -> bool:
 _MARK, _SNIFFED = b"ckptools", 1 << 20
 
 
+_TMPFS = 0x01021994  # linux/magic.h
+
+
 def _reserve(number: int, nbytes: int) -> None:
     """Take the file's room on the disk at once, where the system can: `OSError` where it lacks.
 
-    Writes into it need not look for room one by one. Not `posix_fallocate`: glibc writes a byte
-    into every block where the file system has no such call.
+    Nobody else can take it meanwhile. Not `posix_fallocate`: glibc writes a byte into every block
+    where the file system has no such call. Nor in memory: there it clears every page, one after the
+    other, before any thread can write.
     """
     if not sys.platform.startswith("linux") or not nbytes:
         return
     system = ctypes.CDLL(None, use_errno=True)
+    about = (ctypes.c_long * 64)()  # `struct statfs`, which begins with the type
+    if system.fstatfs(number, about) == 0 and about[0] == _TMPFS:
+        return
     # musl, whose offsets always have 64 bits, has the short name alone
     fallocate = getattr(system, "fallocate64", None) or system.fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

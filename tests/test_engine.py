@@ -722,27 +722,44 @@ def test_extra_input_channels_come_unscaled_from_their_model(out: str, extra_dty
 # --- whole tensors -----------------------------------------------------------------------------
 
 
-def test_one_whole_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of threads, two whole tensors are never in work together."""
-    inside = itertools.count()
-    running, most = 0, 0
+@pytest.mark.parametrize(("largest", "together"), [(99, 1), (141, 2), (500, 4)])
+def test_whole_tensors_share_the_memory_of_the_largest(
+    monkeypatch: pytest.MonkeyPatch, largest: int, together: int
+) -> None:
+    """Whatever the number of threads: as many of 99 x 99 as fit, and the largest alone."""
+    finished = itertools.count()
+    inside: list[int] = []
+    most: dict[int, int] = {}
+    changed = threading.Condition()
     original = ckptools.evaluation.Evaluation.fill_whole
 
     def watched(self, spec, program, out):
-        nonlocal running, most
-        next(inside)
-        running += 1
-        most = max(most, running)
+        size = spec.shape[0]
+        with changed:
+            inside.append(size)
+            most[size] = max(most.get(size, 0), len(inside))
+            changed.notify_all()
+            # wait a moment for those that may come in as well
+            changed.wait_for(lambda: len(inside) > together, timeout=0.02)
+            most[size] = max(most.get(size, 0), len(inside))
         original(self, spec, program, out)
-        running -= 1
+        next(finished)
+        with changed:
+            inside.remove(size)
 
     monkeypatch.setattr(ckptools.evaluation.Evaluation, "fill_whole", watched)
-    models = {name: {f"{n}": noise((99, 99), n) for n in range(40)} for name in "AB"}
+    monkeypatch.setattr(ckptools.engine, "UNIT_BYTES", 1)  # every tensor is one of its own
+    sizes = {f"{n}": 99 for n in range(39)} | {"largest": largest}
+    models = {
+        name: {key: noise((size, size), number) for number, (key, size) in enumerate(sizes.items())}
+        for name in "AB"
+    }
 
     merge_tensors("slerp(A, B, t=0.5)", models, settings=Settings(threads=4))
 
-    assert next(inside) == 40
-    assert most == 1
+    assert next(finished) == 40
+    assert most[99] == together
+    assert most[largest] == 1
 
 
 def test_methods_that_need_whole_tensors_are_marked() -> None:

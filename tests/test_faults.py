@@ -24,6 +24,7 @@ import pytest
 import torch
 from models import UNET, model_values, shrunk, write_model
 
+from ckptools import writer
 from ckptools.checkpoint import read_header
 from ckptools.errors import CkptError, InputError, NonFiniteError, OutputError
 from ckptools.progress import Progress
@@ -419,8 +420,10 @@ def test_a_disk_that_fills_up_after_the_plan_leaves_the_old_file(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="room is taken beforehand on Linux")
 def test_nobody_can_take_the_room_of_a_merge_that_has_begun(
-    models: Path, tmp_path: Path, mounted: Callable[[str], Path]
+    models: Path, tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a disk, that is; what is mounted here is memory, and taken for a disk."""
+    monkeypatch.setattr(writer, "_TMPFS", 0)
     disk = mounted("size=90m")
     job = write_job(tmp_path, models, disk / "m.safetensors")
     refused: list[int | None] = []

@@ -46,7 +46,7 @@ LAYERS = (
         "lineage",
         "lora",
     },
-    {"plan", "opening", "placement", "baking", "plain", "evaluation"},
+    {"plan", "opening", "placement", "baking", "footprint", "plain", "evaluation"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
     {
@@ -207,7 +207,7 @@ def test_nothing_prints_but_report_and_the_command_line() -> None:
 
 LIGHT = {
     *("errors", "tensors", "writer", "formula", "recipe", "family", "selectors", "program"),
-    *("keymap", "plan", "sources", "pickles"),
+    *("keymap", "plan", "footprint", "sources", "pickles"),
 }
 
 

@@ -882,7 +882,11 @@ def test_room_that_cannot_be_taken_is_an_error_only_where_it_lacks(
         ctypes.set_errno(code)
         return -1
 
-    system = SimpleNamespace(**{name: refuse})
+    def tell(number: int, about: ctypes.Array[ctypes.c_long]) -> int:
+        about[0] = 0xEF53  # ext4
+        return 0
+
+    system = SimpleNamespace(**{name: refuse, "fstatfs": tell})
     monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: system)
 
     if word:
@@ -895,3 +899,25 @@ def test_room_that_cannot_be_taken_is_an_error_only_where_it_lacks(
 
     assert asked == [(0, 0, layout.file_bytes)] * (2 if code == errno.EINTR else 1)
     assert not layout.part.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is taken beforehand on Linux")
+def test_no_room_is_taken_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it would clear every page, and nothing else could be done meanwhile."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        pytest.skip("no /dev/shm that can be written to")
+    told = ["stat", "-f", "-c", "%T", str(memory)]
+    kind = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+    if kind != "tmpfs":
+        pytest.skip(f"/dev/shm is {kind}")
+    path = memory / f"ckptools-test-{os.getpid()}.safetensors"
+    layout = lay_out([TensorSpec("w", "U8", (1 << 20,))], {}, path)
+
+    def taken() -> int:
+        with PartFile(layout) as part:
+            return 512 * part.layout.part.stat().st_blocks
+
+    assert taken() < 1 << 16
+    monkeypatch.setattr(writer, "_TMPFS", 0)
+    assert taken() >= 1 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptools.methods import Random, merge_method
+from ckptools.methods.blocks import moved_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,5 +36,4 @@ def dare(
     for stream, model in enumerate(models):
         kept = rng.uniform(stream) < density
         total += (model - base) * kept / density
-    total *= scale
-    return torch.where(total == 0.0, base, base + total)  # -0.0 + 0.0 would be 0.0
+    return moved_by(base, total * scale)

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ckptools.methods import merge_method
-from ckptools.methods.reductions import dot
+from ckptools.methods.blocks import dots, in_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     formula="t * mean(models) + (1 - t) * base, t = n c / (1 + (n - 1) c)",
     source="Jang et al. 2024, arXiv 2403.19522, equations 6 and 7",
     minimum=2,
-    scratch=4,
+    scratch=1,
 )
 def model_stock(*models: Tensor, base: Tensor) -> Tensor:
     """The mean of fine-tunes of one base, as near to the base as their angles say.
@@ -27,20 +27,20 @@ def model_stock(*models: Tensor, base: Tensor) -> Tensor:
     Where the task vectors point apart on average (c <= 0) the result is the base.
     """
     count = len(models)
-    squares = [_delta_dot(model, model, base) for model in models]
+    table = dots(*models, base=base)
     cosines = []
-    for (i, one), (j, other) in combinations(enumerate(models), 2):
-        size = math.sqrt(squares[i] * squares[j])
-        cosines.append(_delta_dot(one, other, base) / size if size != 0.0 else 0.0)
+    for i, j in combinations(range(count), 2):
+        size = math.sqrt(table[i][i] * table[j][j])
+        cosines.append(table[i][j] / size if size != 0.0 else 0.0)
     cosine = sum(cosines) / len(cosines)
     if cosine <= 0.0:
         return base
     ratio = count * cosine / (1.0 + (count - 1) * cosine)  # NaN where a model holds one
-    total = models[0] - base
-    for model in models[1:]:
-        total = total + (model - base)
-    return base + total * (ratio / count)
 
+    def moved(origin: Tensor, *tuned: Tensor) -> Tensor:
+        total = tuned[0] - origin
+        for model in tuned[1:]:
+            total += model - origin
+        return origin + total * (ratio / count)
 
-def _delta_dot(one: Tensor, other: Tensor, base: Tensor) -> float:
-    return dot(one - base, other - base)
+    return in_blocks(moved, base, *models)

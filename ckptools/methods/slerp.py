@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptools.methods import merge_method
-from ckptools.methods.reductions import dot
+from ckptools.methods.blocks import dots, in_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ NEARLY_PARALLEL = 0.9995
     source="Shoemake 1985, 'Animating rotation with quaternion curves', over whole tensors; "
     "the length is interpolated linearly, as sd-mecha 1.1 does",
     bounds={"t": (0.0, 1.0)},
-    scratch=3,
+    scratch=1,
 )
 def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     """From A to B along the sphere: direction by angle, length by weighted sum.
@@ -31,14 +31,13 @@ def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     """
     if t in (0.0, 1.0):
         return a if t == 0.0 else b
-    length_a, length_b = math.sqrt(dot(a, a)), math.sqrt(dot(b, b))
-    if length_a == 0.0 or length_b == 0.0:
-        return a * (1.0 - t) + b * t
-    cosine = dot(a, b) / (length_a * length_b)
-    if abs(cosine) > NEARLY_PARALLEL:
-        return a * (1.0 - t) + b * t
-    angle = math.acos(cosine)
-    length = length_a * (1.0 - t) + length_b * t
-    of_a = length * math.sin((1.0 - t) * angle) / (math.sin(angle) * length_a)
-    of_b = length * math.sin(t * angle) / (math.sin(angle) * length_b)
-    return a * of_a + b * of_b
+    (square_a, product), (_, square_b) = dots(a, b)
+    length_a, length_b = math.sqrt(square_a), math.sqrt(square_b)
+    of_a, of_b = 1.0 - t, t
+    size = length_a * length_b
+    if size != 0.0 and abs(product / size) <= NEARLY_PARALLEL:
+        angle = math.acos(product / size)
+        length = length_a * (1.0 - t) + length_b * t
+        of_a = length * math.sin((1.0 - t) * angle) / (math.sin(angle) * length_a)
+        of_b = length * math.sin(t * angle) / (math.sin(angle) * length_b)
+    return in_blocks(lambda x, y: x * of_a + y * of_b, a, b)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ckptools.methods import merge_method
+from ckptools.methods.blocks import in_blocks, moved_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     "as PEFT's `merge_utils.ties`",
     bounds={"density": (0.0, 1.0)},
     minimum=2,
-    scratch=5,
+    scratch=1,
     doubles=True,
 )
 def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0) -> Tensor:
@@ -31,38 +33,43 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
     """
     import torch
 
-    mass = torch.zeros_like(base)
-    thresholds = []
-    for model in models:
-        delta = model - base
-        thresholds.append(_threshold(delta, density))
-        mass += _trimmed(delta, thresholds[-1])
-    plus = mass >= 0.0
-    total, count = mass.zero_(), torch.zeros_like(base)
-    for model, threshold in zip(models, thresholds, strict=True):
-        delta = _trimmed(model - base, threshold)
-        delta.masked_fill_(torch.where(plus, delta <= 0.0, delta >= 0.0), 0.0)
-        total += delta
-        count += delta != 0.0
-        del delta  # before the next one is made
-    moved = total.div_(count.clamp_(min=1.0)).mul_(scale)
-    return torch.where(moved == 0.0, base, base + moved)  # -0.0 + 0.0 would be 0.0
+    thresholds = [_threshold(model, base, density) for model in models]
+
+    def merged(origin: Tensor, *tuned: Tensor) -> Tensor:
+        deltas = [
+            _trimmed(model - origin, threshold)
+            for model, threshold in zip(tuned, thresholds, strict=True)
+        ]
+        mass = sum(deltas[1:], deltas[0])
+        sign = torch.copysign(torch.ones_like(mass), mass.add(0.0))  # 1 for -0.0, too
+        total, count = torch.zeros_like(origin), torch.zeros_like(origin)
+        for delta in deltas:
+            agreeing = delta.mul_(sign).clamp_(min=0.0)
+            total += agreeing
+            count += agreeing.sign_()
+        mean = total.div_(count.clamp_(min=1.0)).mul_(sign)
+        return moved_by(origin, mean.mul_(scale))
+
+    return in_blocks(merged, base, *models)
 
 
-def _threshold(delta: Tensor, density: float) -> float | None:
-    """The smallest of the floor(density * n) largest magnitudes; None where none is kept."""
-    keep = int(density * delta.numel())
+def _threshold(model: Tensor, base: Tensor, density: float) -> float:
+    """What a magnitude has to exceed to be one of the floor(density * n) largest, or tied."""
+    keep = int(density * base.numel())
     if keep == 0:
-        return None
-    if keep == delta.numel():
+        return math.inf
+    if keep == base.numel():
         return 0.0
-    size = delta.abs().reshape(-1).numpy()
+    import numpy as np
+
+    size = in_blocks(lambda tuned, origin: (tuned - origin).abs_(), model, base).view(-1).numpy()
     size.partition(size.size - keep)
-    return float(size[size.size - keep])
+    smallest = size[size.size - keep]
+    return float(np.nextafter(smallest, smallest.dtype.type(0.0)))
 
 
-def _trimmed(delta: Tensor, threshold: float | None) -> Tensor:
-    """`delta` with all magnitudes below the threshold set to zero, in place."""
-    if threshold is None:
-        return delta.zero_()
-    return delta.masked_fill_(delta.abs() < threshold, 0.0)
+def _trimmed(delta: Tensor, threshold: float) -> Tensor:
+    """`delta` with all magnitudes up to the threshold set to zero."""
+    import torch
+
+    return torch.nn.functional.hardshrink(delta, threshold)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptools.methods import merge_method
+from ckptools.methods.blocks import moved_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +23,8 @@ def train_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> 
     a, b, c  same shape
     alpha    strength; 0 is A. The factor 1.8 is part of the method as its users know it.
     """
-    import torch
-
     learned = b - c
     distance = (b - a).abs()
     total = learned.abs() + distance
     share = (distance / total).nan_to_num_(nan=0.0)  # 0 / 0 where nothing was learned
-    moved = learned * share * (1.8 * alpha)
-    return torch.where(moved == 0.0, a, a + moved)  # -0.0 + 0.0 would be 0.0
+    return moved_by(a, learned * share * (1.8 * alpha))

@@ -19,9 +19,10 @@ UNIT_BYTES = 1 << 22  # of the output that are written in one go
 BUFFERS_PER_WORKER = 2  # for units
 
 # Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas; or without torch.
-PROCESS_BYTES = 240_000_000
+PROCESS_BYTES = 260_000_000
 PLAIN_PROCESS_BYTES = 50_000_000
 _BLOCK_BYTES = 1_000_000  # of a read in the arithmetic's precision
+_METHOD_BYTES = 10_000_000  # what a method makes of blocks on the way, and the allocator keeps
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
 
@@ -48,6 +49,7 @@ def _worker_bytes(spec: TensorSpec, program: Program) -> int:
     if not isinstance(program, Compute) or program.whole:
         return (SPAN_BYTES + _BLOCK_BYTES) * len(reads_of(program))
     reads = (SPAN_BYTES + _BLOCK_BYTES) * len(program.reads)
+    reads += _METHOD_BYTES * any(True for _ in applied_in(program.mix))
     if not program.deltas:
         return reads
     width = _width(program)
@@ -67,7 +69,8 @@ def whole_bytes(spec: TensorSpec, program: Program) -> int:
     methods = load_methods()
     scratches = [methods[node.method].scratch for node in applied_in(program.mix)]
     scratch = max([*scratches, *(_BAKE_SCRATCH for _ in baked_in(program.mix))], default=1)
-    stored = sum(read.spec.nbytes for read in program.reads) + 2 * spec.nbytes
+    # the output's buffer, and those that wait to be written and hashed
+    stored = sum(read.spec.nbytes for read in program.reads) + 3 * spec.nbytes
     deltas = (*program.deltas, *(changes for _, changes in wide))
     groups = (*deltas, *((change,) for bake in baked_in(program.mix) for change in bake.changes))
     copies = len(program.reads) + len(deltas) + max(scratch, _DELTA_SCRATCH * bool(deltas))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Elements of a block: every operand stays near the second-level cache, and few calls are made.
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 
 Parts = tuple[tuple[str, Read], ...]
 

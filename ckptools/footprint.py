@@ -22,7 +22,7 @@ BUFFERS_PER_WORKER = 2  # for units
 PROCESS_BYTES = 260_000_000
 PLAIN_PROCESS_BYTES = 50_000_000
 _BLOCK_BYTES = 1_000_000  # of a read in the arithmetic's precision
-_METHOD_BYTES = 10_000_000  # what a method makes of blocks on the way, and the allocator keeps
+_METHOD_BYTES = 16_000_000  # what a method makes of blocks on the way, and the allocator keeps
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
 _DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa's two products
 

@@ -35,5 +35,5 @@ def dare(
     total = torch.zeros_like(base)
     for stream, model in enumerate(models):
         kept = rng.uniform(stream) < density
-        total += (model - base) * kept / density
-    return moved_by(base, total * scale)
+        total += (model - base).mul_(kept).div_(density)
+    return moved_by(base, total.mul_(scale))

@@ -24,7 +24,7 @@ def train_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> 
     alpha    strength; 0 is A. The factor 1.8 is part of the method as its users know it.
     """
     learned = b - c
-    distance = (b - a).abs()
-    total = learned.abs() + distance
-    share = (distance / total).nan_to_num_(nan=0.0)  # 0 / 0 where nothing was learned
-    return moved_by(a, learned * share * (1.8 * alpha))
+    distance = (b - a).abs_()
+    total = learned.abs().add_(distance)
+    share = distance.div_(total).nan_to_num_(nan=0.0)  # 0 / 0 where nothing was learned
+    return moved_by(a, share.mul_(learned).mul_(1.8 * alpha))

@@ -569,10 +569,13 @@ def part_problem(path: Path) -> OutputError | None:
     part = part_path(path)
     if not os.path.lexists(part) or (path.exists() and part.exists() and path.samefile(part)):
         return None
-    if part.is_file() and not part.is_symlink():
-        with suppress(OSError), part.open("rb") as file:
+    if not part.is_file() or part.is_symlink():
+        return _in_the_way(part, ": no file")
+    try:
+        with part.open("r+b") as file:
             return _stranger(file.fileno(), part)
-    return _in_the_way(part, ": no file")
+    except OSError as exc:
+        return _in_the_way(part, f", and cannot be written: {exc.strerror or exc}")
 
 
 def _stranger(number: int, part: Path) -> OutputError | None:

@@ -338,6 +338,24 @@ def test_a_part_that_a_killed_process_left_is_taken_over(layout: Layout) -> None
         assert layout.path.read_bytes() == layout.header + bytes(1000)
 
 
+def test_a_part_that_this_user_may_not_write_is_told_of(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout.part.write_bytes(b"")
+
+    def refuse(path: Path, mode: str = "r") -> None:
+        assert (path, mode) == (layout.part, "r+b")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    assert writer.part_problem(layout.path) is None
+    monkeypatch.setattr(Path, "open", refuse)
+    problem = writer.part_problem(layout.path)
+
+    assert problem
+    assert problem.what.endswith("is in the way, and cannot be written: Permission denied")
+    assert problem.fix == "remove it, or write elsewhere"
+
+
 def test_a_part_of_somebody_else_is_left_alone(layout: Layout) -> None:
     """As a browser's unfinished download of the same name."""
     layout.part.write_bytes(b"half a model" * 1000)

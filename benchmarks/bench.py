@@ -105,8 +105,6 @@ FLUSH = '; sync "$0"'  # until it is on the disk, as a merge waits
 LOADED, COPIED = "load all, save_file", "cat inputs; cp A"
 ON_DISK = "; sync it"
 RANK = 32
-# Modules are compiled once, as installing does it, and not at every start.
-INSTALLED = {name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,8 @@ def measure(command: Sequence[str], folder: Path) -> float:
     with tempfile.TemporaryFile() as messages:  # not a pipe: a progress bar would fill it and wait
         started = time.perf_counter()
         done = subprocess.run(
-            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=messages, env=INSTALLED,
-            check=False,
-        )  # fmt: skip
+            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=messages, check=False
+        )
         seconds = time.perf_counter() - started
         if done.returncode:
             messages.seek(0)
@@ -296,6 +293,8 @@ def main() -> None:
         "--write", type=Path, help="a document with bench:begin and bench:end marks"
     )
     options = parser.parse_args()
+    # modules are compiled in the first run, as installing does it, and not at every start
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     peers = find_peers(options.peer_python)
     parts = [
         f"{machine()}. Medians of {options.runs} runs in turn, after one that looks at memory: "

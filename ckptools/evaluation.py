@@ -65,8 +65,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
 # the dtypes of floats, as safetensors calls them
 _STORED = {torch_dtype(name): name for name, dtype in DTYPES.items() if dtype.is_float}
-
-
 _ROUND = Formula([Step(LOAD, 0, read=0)], ["F64"])  # what `store` asks of the kernels
 
 

@@ -19,8 +19,8 @@ UNIT_BYTES = 1 << 22  # of the output that are written in one go
 BUFFERS_PER_WORKER = 2  # for units
 
 # Measured on Linux, Python 3.11, torch 2.13: interpreter, torch and its arenas; or without torch.
-PROCESS_BYTES = 260_000_000
-PLAIN_PROCESS_BYTES = 50_000_000
+_PROCESS_BYTES = 260_000_000
+_PLAIN_PROCESS_BYTES = 50_000_000
 _BLOCK_BYTES = 1_000_000  # of a read in the arithmetic's precision
 _METHOD_BYTES = 16_000_000  # what a method makes of blocks on the way, and the allocator keeps
 _BAKE_SCRATCH = 4  # copies of the tensor that the kinds that depend on it make
@@ -29,14 +29,15 @@ _DELTA_SCRATCH = 3  # further copies of a delta's rows while they are made: LoHa
 Made = tuple[TensorSpec, Program]  # an output tensor, and how it is made
 
 
-def peak_bytes(tensors: Sequence[Made], threads: int) -> int:
-    """Predicted peak of a process that makes these tensors."""
+def peak_bytes(tensors: Sequence[Made], *, moved_bytes: int, threads: int) -> int:
+    """Predicted peak of a process that makes these tensors.
+
+    moved_bytes  all that is read and written: workers hold no more
+    """
     with_torch = needs_torch((program, spec.dtype) for spec, program in tensors)
     worker = BUFFERS_PER_WORKER * UNIT_BYTES + _most(_worker_bytes(*made) for made in tensors)
-    moved = sum(spec.nbytes for spec, _ in tensors)
-    moved += sum(read.spec.nbytes for _, program in tensors for read in reads_of(program))
-    process = PROCESS_BYTES if with_torch else PLAIN_PROCESS_BYTES
-    return process + min(threads * worker, moved) + most_whole_bytes(tensors)
+    process = _PROCESS_BYTES if with_torch else _PLAIN_PROCESS_BYTES
+    return process + min(threads * worker, moved_bytes) + most_whole_bytes(tensors)
 
 
 def most_whole_bytes(tensors: Iterable[Made]) -> int:

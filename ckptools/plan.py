@@ -157,7 +157,8 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted peak of the process's memory."""
         tensors = [(step.spec, step.program) for step in self.steps]
-        return footprint.peak_bytes(tensors, self.threads)
+        moved = self.read_bytes + self.output_bytes
+        return footprint.peak_bytes(tensors, moved_bytes=moved, threads=self.threads)
 
     @property
     def outputs(self) -> tuple[Path, ...]:

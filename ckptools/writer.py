@@ -605,8 +605,6 @@ def _is_ours(number: int) -> bool:
 
 
 _MARK, _SNIFFED = b"ckptools", 1 << 20
-
-
 _TMPFS = 0x01021994  # linux/magic.h
 
 

@@ -7,6 +7,7 @@ memory, and takes longer to come by than to fill.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,26 +39,22 @@ def moved_by(start: Tensor, change: Tensor) -> Tensor:
     return start - change.neg_().add_(0.0)
 
 
-def dots(*tensors: Tensor, base: Tensor | None = None) -> list[list[float]]:
-    """The sum of a * b over all elements for every two of the tensors, in float64.
+def dots(*tensors: Tensor, base: Tensor | None = None) -> dict[tuple[int, int], float]:
+    """The sum of a * b over all elements for each of the tensors and every two, in float64.
 
     tensors  of one shape, any float dtype
     base     where there is one, it is taken from each of them
-    Returns a symmetric table: that of the i-th and the j-th at [i][j].
+    Returns that of the i-th and the j-th as [i, j], where i <= j.
     """
     import torch
 
-    count = len(tensors)
-    table = [[0.0] * count for _ in tensors]
+    pairs = [*combinations_with_replacement(range(len(tensors)), 2)]
+    sums = dict.fromkeys(pairs, 0.0)
     for *blocks, origin in _cut((*tensors, tensors[0] if base is None else base), _SUMMED):
         wide = [(block if base is None else block - origin).double() for block in blocks]
-        for i in range(count):
-            for j in range(i, count):
-                table[i][j] += float(torch.dot(wide[i], wide[j]))
-    for i in range(count):
-        for j in range(i):
-            table[i][j] = table[j][i]
-    return table
+        for i, j in pairs:
+            sums[i, j] += float(torch.dot(wide[i], wide[j]))
+    return sums
 
 
 def _cut(tensors: tuple[Tensor, ...], size: int) -> Iterator[list[Tensor]]:

@@ -27,11 +27,11 @@ def model_stock(*models: Tensor, base: Tensor) -> Tensor:
     Where the task vectors point apart on average (c <= 0) the result is the base.
     """
     count = len(models)
-    table = dots(*models, base=base)
+    sums = dots(*models, base=base)
     cosines = []
     for i, j in combinations(range(count), 2):
-        size = math.sqrt(table[i][i] * table[j][j])
-        cosines.append(table[i][j] / size if size != 0.0 else 0.0)
+        size = math.sqrt(sums[i, i] * sums[j, j])
+        cosines.append(sums[i, j] / size if size != 0.0 else 0.0)
     cosine = sum(cosines) / len(cosines)
     if cosine <= 0.0:
         return base

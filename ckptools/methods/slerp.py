@@ -31,8 +31,8 @@ def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     """
     if t in (0.0, 1.0):
         return a if t == 0.0 else b
-    (square_a, product), (_, square_b) = dots(a, b)
-    length_a, length_b = math.sqrt(square_a), math.sqrt(square_b)
+    sums = dots(a, b)
+    length_a, length_b, product = math.sqrt(sums[0, 0]), math.sqrt(sums[1, 1]), sums[0, 1]
     of_a, of_b = 1.0 - t, t
     size = length_a * length_b
     if size != 0.0 and abs(product / size) <= NEARLY_PARALLEL:

@@ -37,7 +37,7 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
 
     def merged(origin: Tensor, *tuned: Tensor) -> Tensor:
         deltas = [
-            _trimmed(model - origin, threshold)
+            torch.nn.functional.hardshrink(model - origin, threshold)  # what is not above it is 0
             for model, threshold in zip(tuned, thresholds, strict=True)
         ]
         mass = sum(deltas[1:], deltas[0])
@@ -55,21 +55,14 @@ def ties(*models: Tensor, base: Tensor, density: float = 0.3, scale: float = 1.0
 
 def _threshold(model: Tensor, base: Tensor, density: float) -> float:
     """What a magnitude has to exceed to be one of the floor(density * n) largest, or tied."""
+    import numpy as np
+
     keep = int(density * base.numel())
     if keep == 0:
         return math.inf
     if keep == base.numel():
         return 0.0
-    import numpy as np
-
     size = in_blocks(lambda tuned, origin: (tuned - origin).abs_(), model, base).view(-1).numpy()
     size.partition(size.size - keep)
     smallest = size[size.size - keep]
     return float(np.nextafter(smallest, smallest.dtype.type(0.0)))
-
-
-def _trimmed(delta: Tensor, threshold: float) -> Tensor:
-    """`delta` with all magnitudes up to the threshold set to zero."""
-    import torch
-
-    return torch.nn.functional.hardshrink(delta, threshold)

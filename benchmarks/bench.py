@@ -5,8 +5,9 @@
     python benchmarks/bench.py --peer-python ~/peers/bin/python --write docs/benchmarks.md
     python benchmarks/bench.py --outputs /dev/shm       results written into memory, not to a disk
 
-Every figure is a whole process, start-up included. Programs take turns (A B C A B C …), so that a
-machine that slows down slows all of them; ratios are medians of the ratios within one turn.
+Every figure is a whole process, start-up included. Programs take turns, each turn in a random
+order, so that a machine that slows down slows all of them and none always follows the same other;
+ratios are medians of the ratios within one turn.
 Needs disk: about 11 GB for SD1.5, 28 GB for SDXL.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -39,23 +41,28 @@ merge: {formula}
 output: {{path: {out}, overwrite: true}}
 """
 
-# What the web UIs do: every model whole in memory, arithmetic in the stored dtype, save_file.
+# What the web UIs do: every model whole in memory, arithmetic in the stored dtype, save_file. Or in
+# fp32, kohya's default, which gives the nearest fp16 nearly always; the stored dtype does not.
 LOAD_ALL = """
-import sys
+import sys, torch
 from safetensors.torch import load_file, save_file
-case, out, *paths = sys.argv[1:]
+precision, case, out, *paths = sys.argv[1:]
 models = [load_file(path) for path in paths]
 result = dict(models[0])
-for name, a in result.items():
-    if not a.is_floating_point():
+for name, stored in result.items():
+    if not stored.is_floating_point():
         continue
-    others = [model[name] for model in models[1:]]
+    if case == "unet_only" and not name.startswith("model.diffusion_model."):
+        continue
+    dtype = torch.float32 if precision == "fp32" else stored.dtype
+    a, b, *more = (model[name].to(dtype) for model in models)
     if case == "weighted_sum":
-        result[name] = (1 - 0.3) * a + 0.3 * others[0]
+        merged = (1 - 0.3) * a + 0.3 * b
     elif case == "add_difference":
-        result[name] = a + (others[0] - others[1]) * 0.7
-    elif name.startswith("model.diffusion_model."):
-        result[name] = (1 - 0.5) * a + 0.5 * others[0]
+        merged = a + (b - more[0]) * 0.7
+    else:
+        merged = (1 - 0.5) * a + 0.5 * b
+    result[name] = merged.to(stored.dtype)
 save_file(result, out)
 """
 
@@ -88,7 +95,7 @@ LOAD_ALL_BAKE = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-_, out, model, lora = sys.argv[1:]
+_, _, out, model, lora = sys.argv[1:]
 weights, parts = load_file(model), load_file(lora)
 for module, (name, begin, end) in json.loads(Path("places.json").read_text()).items():
     up = parts[module + ".lora_up.weight"].float()
@@ -103,6 +110,7 @@ save_file(weights, out)
 COPY = 'cat "$@" > /dev/null; cp "$1" "$0"'
 FLUSH = '; sync "$0"'  # until it is on the disk, as a merge waits
 LOADED, COPIED = "load all, save_file", "cat inputs; cp A"
+LOADED_FP32 = "load all, in fp32, save_file"
 ON_DISK = "; sync it"
 RANK = 32
 
@@ -173,13 +181,16 @@ def programs(
         RECIPE.format(models=models, number=case.number, formula=case.formula, out=out),
         encoding="utf-8",
     )
-    load_all = [
-        sys.executable, "-c", LOAD_ALL_BAKE if case.bakes else LOAD_ALL, case.name, out, *paths
-    ]  # fmt: skip
+    script = LOAD_ALL_BAKE if case.bakes else LOAD_ALL
+    load_all, in_fp32 = (
+        [sys.executable, "-c", script, precision, case.name, out, *paths]
+        for precision in ("stored", "fp32")
+    )
     found = {
         "ckptools": [sys.executable, "-m", "ckptools", "merge", "-q", str(recipe)],
         LOADED: load_all,
         LOADED + ON_DISK: ["sh", "-ec", '"$@"' + FLUSH, out, *load_all],
+        LOADED_FP32: in_fp32,
         COPIED: ["sh", "-c", COPY, out, *paths],
         COPIED + ON_DISK: ["sh", "-c", COPY + FLUSH, out, *paths],
     }
@@ -188,13 +199,15 @@ def programs(
             peers["sd-mecha"], "-c", SD_MECHA_BAKE if case.bakes else SD_MECHA,
             case.name, out, *paths
         ]  # fmt: skip
-    if case.bakes:
-        del found[COPIED], found[COPIED + ON_DISK]
+    if case.bakes:  # in fp32 anyway
+        del found[COPIED], found[COPIED + ON_DISK], found[LOADED_FP32]
         found["cp A"] = ["cp", paths[0], out]
     needed = 1.2 * sum(Path(path).stat().st_size for path in (*paths, paths[0]))
     if needed > memory_bytes():
         print(f"  {LOADED}: left out, it needs {needed / 1e9:.0f} GB of memory")
-        del found[LOADED], found[LOADED + ON_DISK]
+        found = {
+            name: command for name, command in found.items() if not name.startswith("load all")
+        }
     return found
 
 
@@ -227,7 +240,7 @@ def run_case(
     commands = programs(case, folder, outputs, peers)
     results = {name: Runs() for name in commands}
     for turn in range(-1, runs):
-        for name, command in commands.items():
+        for name, command in random.sample([*commands.items()], len(commands)):
             result = results[name]
             if result.failed:
                 continue

@@ -27,7 +27,8 @@ from ckptools.footprint import (
     most_whole_bytes,
     whole_bytes,
 )
-from ckptools.plain import PlainEvaluator, is_plain, needs_torch
+from ckptools.lowrank import LowRank
+from ckptools.plain import PlainEvaluator, is_plain, needs_torch, plain_kernels
 from ckptools.program import Compute, Copy, PositionIds, Program, Read, Widen, reads_of
 from ckptools.tensors import DTYPES, TensorSpec
 
@@ -202,7 +203,15 @@ class Scratch:
     def __init__(self) -> None:
         self.inputs: list[Buffer] = []
         self.plain = PlainEvaluator()
+        self._low_rank: LowRank | None = None
         self._memory: Memory | None = None
+
+    @property
+    def low_rank(self) -> LowRank:
+        """What LoRAs' products keep."""
+        if self._low_rank is None:
+            self._low_rank = LowRank(plain_kernels())
+        return self._low_rank
 
     @property
     def memory(self) -> Memory:
@@ -279,14 +288,19 @@ class Engine:
                 self._fill_ids(piece, program, out)
             case Compute(whole=False) if is_plain(program, spec.dtype):
                 inputs = self._inputs(piece, program, scratch)
+                if program.deltas:
+                    inputs += scratch.low_rank.deltas(
+                        spec, program, piece.begin, piece.end - piece.begin, self._read
+                    )
                 if scratch.plain.fill(program, inputs, spec.dtype, out):
                     return
             case Compute(whole=False):
                 inputs = self._inputs(piece, program, scratch)
                 with self._blaming(piece.task):
-                    self._torch.fill(
+                    if self._torch.fill(
                         spec, program, inputs, begin=piece.begin, out=out, memory=scratch.memory
-                    )
+                    ):
+                        return
             case Compute() | Widen():
                 with self._room.taken(whole_bytes(spec, program)), self._blaming(piece.task):
                     self._torch.fill_whole(spec, program, out)

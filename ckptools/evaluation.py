@@ -20,6 +20,7 @@ from ckptools.codec import count_nonfinite
 from ckptools.lora.bake import bake_module, by_module, delta_elements
 from ckptools.methods import load_methods
 from ckptools.native import KERNELS, LOAD, Formula, Step
+from ckptools.plain import PlainEvaluator, mixes_plainly
 from ckptools.program import (
     Apply,
     Bake,
@@ -86,6 +87,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.parts: dict[Parts, dict[str, Tensor]] = {}
+        self.plain = PlainEvaluator()
         self._spec: TensorSpec | None = None
         self._blocks: dict[torch.dtype, list[Tensor]] = {}
 
@@ -304,8 +306,11 @@ class Evaluation:
         begin: int,
         out: NDArray[np.uint8],
         memory: Memory,
-    ) -> None:
-        """Make the elements of `spec` from `begin` on in `out`; the inputs hold as many."""
+    ) -> bool:
+        """Make the elements of `spec` from `begin` on in `out`; the inputs hold as many.
+
+        Returns whether they are known to be finite.
+        """
         length = out.size * 8 // DTYPES[spec.dtype].bits
         reads = zip(inputs, program.reads, strict=True)
         tensors = [as_tensor(data, read.spec.dtype) for data, read in reads]
@@ -313,17 +318,22 @@ class Evaluation:
         for changes in program.deltas:
             parts = [self._parts(change, program.precision, memory) for change in changes]
             tensors.append(delta_elements(changes, parts, spec.shape, begin, begin + length))
+        if mixes_plainly(program, spec.dtype):
+            added = [_bytes_of(delta) for delta in tensors[len(inputs) :]]
+            return memory.plain.fill(program, [*inputs, *added], spec.dtype, out)
         if any(True for _ in applied_in(program.mix)):
             self._look_at(tensors)
         result = as_tensor(out, spec.dtype)
         if program.mix.terms == ((1.0, 0),):
             store(tensors[0], result)
-            return
-        evaluator = Evaluator(memory, torch_dtype(program.precision), self._random(spec))
+            return False
+        precision: Precision = "F64" if program.is_linear else program.precision
+        evaluator = Evaluator(memory, torch_dtype(precision), self._random(spec))
         for low in range(0, length, BLOCK):
             high = min(low + BLOCK, length)
             block = [tensor[low:high] for tensor in tensors]
             store(evaluator.block(program.mix, block, begin + low), result[low:high])
+        return False
 
     def fill_whole(
         self, spec: TensorSpec, program: Compute | Widen, out: NDArray[np.uint8]

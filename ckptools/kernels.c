@@ -1,8 +1,9 @@
 /* Linear formulas over stored floats: decode, multiply, add, round once, look for NaN and Inf.
 
-   The arithmetic of `evaluation.py`, operation for operation, in one pass over memory. No Python in it:
-   `native.py` calls it through ctypes, which lets other threads run meanwhile. Compiled without
-   contraction (-ffp-contract=off): a fused multiply-add would round differently.
+   The arithmetic of `evaluation.py`, operation for operation, in one pass over memory; and products of
+   an adapter's two factors. No Python in it: `native.py` calls it through ctypes, which lets other
+   threads run meanwhile. Compiled without contraction (-ffp-contract=off): a fused multiply-add would
+   round differently. Only the products ask for it.
 
    Source of the roundings: Dekker 1971, "A floating-point technique for extending the available
    precision", section 5; IEEE 754-2019, section 4.3.1 (to nearest, ties to even); Boldo and
@@ -23,14 +24,17 @@
 #include <immintrin.h>
 #define WIDE 1
 #define WIDE_TARGET __attribute__((target("avx2,f16c")))
+#define FUSED_TARGET __attribute__((target("avx2,fma")))
+#define WIDEST_TARGET __attribute__((target("avx512f")))
 #define INLINE static inline __attribute__((always_inline))
 #else
 #define WIDE 0
 #define INLINE static inline
 #endif
 
-#define VERSION 4
+#define VERSION 5
 #define BLOCK 1024 /* elements at a time: a few blocks stay in the first cache */
+#define TILE 64    /* most columns of a product at a time */
 
 enum dtype { F16, BF16, F32, F64, TABLE };
 enum operation { LOAD, SCALE, ADD, SUBTRACT };
@@ -352,6 +356,109 @@ WIDE_TARGET static int run_wide(const struct step *steps, int64_t number,
 }
 #endif
 
+/* --- products of two factors ------------------------------------------------------------------- */
+
+/* Two rows of `tile` columns: sums[r * tile + j] is the sum over k of its factor[k] times
+   packed[k * tile + j], in fp32, in order of k, each step fused: the same bits wherever it is done. */
+typedef void two_rows(const float *first, const float *second, const float *packed, int64_t rank,
+                      float *sums);
+
+struct way {
+  two_rows *sum;
+  int64_t tile; /* as many sums as are under way at a time, and stay in registers */
+};
+
+static void two_rows_anywhere(const float *first, const float *second, const float *packed,
+                              int64_t rank, float *sums) {
+  for (int j = 0; j < 32; j++) sums[j] = 0;
+  for (int64_t k = 0; k < rank; k++, packed += 16)
+    for (int j = 0; j < 16; j++) {
+      sums[j] = __builtin_fmaf(first[k], packed[j], sums[j]);
+      sums[16 + j] = __builtin_fmaf(second[k], packed[j], sums[16 + j]);
+    }
+}
+
+#if WIDE
+FUSED_TARGET static void two_rows_fused(const float *first, const float *second,
+                                        const float *packed, int64_t rank, float *sums) {
+  __m256 a0, a1, a2, a3, b0, b1, b2, b3;
+  a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _mm256_setzero_ps();
+  for (int64_t k = 0; k < rank; k++, packed += 32) {
+    const __m256 a = _mm256_set1_ps(first[k]), b = _mm256_set1_ps(second[k]);
+    const __m256 p0 = _mm256_loadu_ps(packed), p1 = _mm256_loadu_ps(packed + 8);
+    const __m256 p2 = _mm256_loadu_ps(packed + 16), p3 = _mm256_loadu_ps(packed + 24);
+    a0 = _mm256_fmadd_ps(a, p0, a0), b0 = _mm256_fmadd_ps(b, p0, b0);
+    a1 = _mm256_fmadd_ps(a, p1, a1), b1 = _mm256_fmadd_ps(b, p1, b1);
+    a2 = _mm256_fmadd_ps(a, p2, a2), b2 = _mm256_fmadd_ps(b, p2, b2);
+    a3 = _mm256_fmadd_ps(a, p3, a3), b3 = _mm256_fmadd_ps(b, p3, b3);
+  }
+  _mm256_storeu_ps(sums, a0), _mm256_storeu_ps(sums + 8, a1);
+  _mm256_storeu_ps(sums + 16, a2), _mm256_storeu_ps(sums + 24, a3);
+  _mm256_storeu_ps(sums + 32, b0), _mm256_storeu_ps(sums + 40, b1);
+  _mm256_storeu_ps(sums + 48, b2), _mm256_storeu_ps(sums + 56, b3);
+}
+
+WIDEST_TARGET static void two_rows_widest(const float *first, const float *second,
+                                          const float *packed, int64_t rank, float *sums) {
+  __m512 a0, a1, a2, a3, b0, b1, b2, b3;
+  a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _mm512_setzero_ps();
+  for (int64_t k = 0; k < rank; k++, packed += 64) {
+    const __m512 a = _mm512_set1_ps(first[k]), b = _mm512_set1_ps(second[k]);
+    const __m512 p0 = _mm512_loadu_ps(packed), p1 = _mm512_loadu_ps(packed + 16);
+    const __m512 p2 = _mm512_loadu_ps(packed + 32), p3 = _mm512_loadu_ps(packed + 48);
+    a0 = _mm512_fmadd_ps(a, p0, a0), b0 = _mm512_fmadd_ps(b, p0, b0);
+    a1 = _mm512_fmadd_ps(a, p1, a1), b1 = _mm512_fmadd_ps(b, p1, b1);
+    a2 = _mm512_fmadd_ps(a, p2, a2), b2 = _mm512_fmadd_ps(b, p2, b2);
+    a3 = _mm512_fmadd_ps(a, p3, a3), b3 = _mm512_fmadd_ps(b, p3, b3);
+  }
+  _mm512_storeu_ps(sums, a0), _mm512_storeu_ps(sums + 16, a1);
+  _mm512_storeu_ps(sums + 32, a2), _mm512_storeu_ps(sums + 48, a3);
+  _mm512_storeu_ps(sums + 64, b0), _mm512_storeu_ps(sums + 80, b1);
+  _mm512_storeu_ps(sums + 96, b2), _mm512_storeu_ps(sums + 112, b3);
+}
+#endif
+
+/* The fastest that this processor runs; none where it fuses nothing, and C's own way is slow. */
+static struct way fastest(void) {
+#if WIDE
+  if (__builtin_cpu_supports("avx512f")) return (struct way){two_rows_widest, 64};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return (struct way){two_rows_fused, 32};
+#elif defined(__FP_FAST_FMAF)
+  return (struct way){two_rows_anywhere, 16};
+#endif
+  return (struct way){0, 0};
+}
+
+/* Columns [left, left + width) of rows [top, bottom) of a product with so many columns; `out` has
+   rows as long as the product's. `memory` takes a tile's columns of `down`, row by row. */
+static void product(struct way way, const float *up, const float *down, int64_t rank,
+                    int64_t columns, int64_t top, int64_t bottom, int64_t left, int64_t width,
+                    float *memory, float *out, int add) {
+  const int64_t tile = way.tile;
+  float sums[2 * TILE];
+  for (int64_t at = 0; at < width; at += tile) {
+    const int64_t length = width - at < tile ? width - at : tile;
+    for (int64_t k = 0; k < rank; k++) {
+      float *packed = memory + k * tile;
+      memcpy(packed, down + k * columns + left + at, 4 * (size_t)length);
+      for (int64_t j = length; j < tile; j++) packed[j] = 0;
+    }
+    for (int64_t row = top; row < bottom; row += 2) {
+      const int64_t rows = bottom - row < 2 ? 1 : 2;
+      way.sum(up + row * rank, up + (row + rows - 1) * rank, memory, rank, sums);
+      for (int64_t r = 0; r < rows; r++) {
+        float *target = out + (row - top + r) * columns + at;
+        const float *own = sums + r * tile;
+        if (add)
+          for (int64_t j = 0; j < length; j++) target[j] += own[j];
+        else
+          memcpy(target, own, 4 * (size_t)length);
+      }
+    }
+  }
+}
+
 #define EXPORT __attribute__((visibility("default")))
 
 /* What a caller was written for: another version is not to be called. */
@@ -376,4 +483,32 @@ EXPORT int64_t ckptools_mix(const struct step *steps, int64_t number, const stru
 #endif
   (void)portable;
   return run_anywhere(steps, number, reads, memory, dtype, out, count);
+}
+
+/* Whether `ckptools_low_rank` is fast here. */
+EXPORT int64_t ckptools_fuses(void) { return fastest().tile != 0; }
+
+/* Bytes of memory that `ckptools_low_rank` takes for factors of that rank. */
+EXPORT int64_t ckptools_low_rank_memory(int64_t rank) { return rank * TILE * 4; }
+
+/* Elements [begin, begin + count), in row order, of the product of up (rows, rank) and down
+   (rank, columns), both fp32, into `out`, or onto what is there.
+
+   memory   `ckptools_low_rank_memory` bytes
+   portable whether to leave what the processor does by itself alone */
+EXPORT void ckptools_low_rank(const float *up, const float *down, int64_t rank, int64_t columns,
+                              int64_t begin, int64_t count, float *memory, float *out, int64_t add,
+                              int64_t portable) {
+  struct way way = fastest();
+  if (portable || !way.tile) way = (struct way){two_rows_anywhere, 16};
+  int64_t row = begin / columns, left = begin % columns;
+  while (count > 0) { /* the end of a row, whole rows, the start of one */
+    const int64_t rest = columns - left, width = count < rest ? count : rest;
+    const int64_t rows = width < columns ? 1 : count / columns;
+    product(way, up, down, rank, columns, row, row + rows, left, width, memory, out, add != 0);
+    out += width < columns ? width : rows * columns;
+    count -= width < columns ? width : rows * columns;
+    row += rows;
+    left = 0;
+  }
 }

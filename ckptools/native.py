@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIBRARY = "_kernels.so"
-_VERSION = 4  # of `kernels.c`
+_VERSION = 5  # of `kernels.c`
 _DTYPES = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}
 _TABLE = 4
 
@@ -67,6 +67,15 @@ class Kernels:
         ]  # fmt: skip
         self._memory = library.ckptools_memory
         self._memory.restype, self._memory.argtypes = integer, [integer]
+        self._low_rank = library.ckptools_low_rank
+        self._low_rank.restype = None
+        self._low_rank.argtypes = [
+            pointer, pointer, integer, integer, integer, integer, pointer, pointer, integer, integer
+        ]  # fmt: skip
+        self._low_rank_memory = library.ckptools_low_rank_memory
+        self._low_rank_memory.restype, self._low_rank_memory.argtypes = integer, [integer]
+        library.ckptools_fuses.restype = integer
+        self.fuses = bool(library.ckptools_fuses())
         self._portable = portable
 
     def memory(self, depth: int) -> NDArray[np.uint8]:
@@ -102,6 +111,38 @@ class Kernels:
                 formula.steps, len(formula.steps), reads, memory.ctypes.data,
                 _DTYPES[dtype], out.ctypes.data, count, self._portable,
             )
+        )  # fmt: skip
+
+    def low_rank_memory(self, rank: int) -> NDArray[np.float32]:
+        """What `add_low_rank` works in, for factors of that rank; one for each thread."""
+        from ckptools.codec import aligned
+
+        return aligned(self._low_rank_memory(rank) // 4, "<f4")
+
+    def add_low_rank(
+        self,
+        up: NDArray[np.float32],
+        down: NDArray[np.float32],
+        begin: int,
+        out: NDArray[np.float32],
+        memory: NDArray[np.float32],
+        *,
+        onto: bool,
+    ) -> None:
+        """Elements of up @ down, in row order from `begin` on, into `out` or `onto` what is there.
+
+        up      (rows, rank), fp32, contiguous
+        down    (rank, columns), likewise
+        memory  from `low_rank_memory`, for this rank or more
+        Each is summed in fp32 in order of the rank by fused multiply-adds: the same bits on every
+        processor. Where `fuses` says that this one has none, that takes very long.
+        """
+        rank, columns = down.shape
+        if up.shape[1] != rank or begin + out.size > len(up) * columns:
+            raise ValueError(f"no {out.size} elements of {up.shape} @ {down.shape} from {begin} on")
+        self._low_rank(
+            up.ctypes.data, down.ctypes.data, rank, columns, begin, out.size,
+            memory.ctypes.data, out.ctypes.data, onto, self._portable,
         )  # fmt: skip
 
 

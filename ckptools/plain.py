@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptools.native import ADD, KERNELS, LOAD, SCALE, SUBTRACT, Formula, Kernels, Step
-from ckptools.program import Compute, Copy, Mix, PositionIds, Program, applied_in, baked_in
+from ckptools.program import Change, Compute, Copy, Mix, PositionIds, Program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,14 +25,38 @@ def is_plain(program: Program, dtype: str) -> bool:
     match program:
         case Copy() | PositionIds():
             return True
-        case Compute(whole=False, deltas=(), mix=mix, reads=reads, precision="F64"):
+        case Compute(deltas=()):
+            return mixes_plainly(program, dtype)
+        case Compute(deltas=deltas, precision="F32"):
+            changes = (change for delta in deltas for change in delta)
             return (
-                KERNELS is not None
-                and dtype in _STORED
-                and all(read.spec.is_float for read in reads)
-                and not any(True for _ in (*applied_in(mix), *baked_in(mix)))
+                mixes_plainly(program, dtype)
+                and plain_kernels().fuses
+                and all(map(_is_low_rank, changes))
             )
     return False
+
+
+def mixes_plainly(program: Compute, dtype: str) -> bool:
+    """Whether the kernels make a program's sums, once what its adapters add is there."""
+    return (
+        KERNELS is not None
+        and program.is_linear
+        and not program.whole
+        and dtype in _STORED
+        and all(read.spec.is_float for read in program.reads)
+    )
+
+
+def _is_low_rank(change: Change) -> bool:
+    """Whether a change is scale * up @ down: a LoRA's, of linear layers and convolutions."""
+    parts = dict(change.parts)
+    return (
+        change.module.kind == "lora"
+        and parts.keys() - {"alpha"} == {"up", "down"}  # alpha is in the change's scale
+        and parts["up"].spec.is_float
+        and parts["down"].spec.is_float
+    )
 
 
 def needs_torch(programs: Iterable[tuple[Program, str]]) -> bool:
@@ -55,26 +79,30 @@ class PlainEvaluator:
     ) -> bool:
         """Make equally many elements of every input into bytes of `dtype`; whether all are finite.
 
-        inputs  the bytes of the program's reads, in its order
+        inputs  the bytes of the program's reads, in its order, and of its deltas
         A NaN or Inf of an input is one of the result, too.
         """
-        kernels, formula = _kernels(), _formula(program)
+        dtypes = (
+            *(read.spec.dtype for read in program.reads),
+            *[program.precision] * len(program.deltas),
+        )
+        kernels, formula = plain_kernels(), _formula(program.mix, dtypes)
         memory = self._memory.get(formula.depth)
         if memory is None:
             memory = self._memory[formula.depth] = kernels.memory(formula.depth)
         return kernels.mix(formula, inputs, dtype, out, memory)
 
 
-def _kernels() -> Kernels:
+def plain_kernels() -> Kernels:
+    """The kernels, where something is plain."""
     if KERNELS is None:
         raise RuntimeError("without kernels nothing that computes is plain")
     return KERNELS
 
 
 @lru_cache(maxsize=256)
-def _formula(program: Compute) -> Formula:
-    dtypes = [read.spec.dtype for read in program.reads]
-    return Formula([*_steps(program.mix, 0)], dtypes)
+def _formula(mix: Mix, dtypes: tuple[str, ...]) -> Formula:
+    return Formula([*_steps(mix, 0)], dtypes)
 
 
 def _steps(mix: Mix, depth: int) -> Iterator[Step]:

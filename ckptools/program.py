@@ -107,6 +107,7 @@ class PositionIds:
 class Compute:
     """A mix of reads of one shape, rounded once to the output dtype.
 
+    precision  of methods and of what adapters add; sums without methods are in fp64
     whole   whether a method or an adapter in it needs the whole tensor at a time
     deltas  what adapters add, each the sum of its changes: indices beyond `reads` in the mix
     """
@@ -116,6 +117,11 @@ class Compute:
     precision: Precision
     whole: bool = False
     deltas: tuple[tuple[Change, ...], ...] = ()
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a sum, without methods or adapters that depend on what they go into."""
+        return not any(isinstance(node, Apply | Bake) for node in _nodes(self.mix))
 
 
 def cast(read: Read) -> Compute:

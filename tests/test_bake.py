@@ -8,18 +8,23 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kernels import portable_kernels
 from models import UNET, Specs, shrunk, with_channels, write_model, write_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ckptools.evaluation
+import ckptools.plain
 from ckptools.cli import run
 from ckptools.errors import CkptError, InputError, ManyErrors, NonFiniteError, RecipeError
 from ckptools.lora import bake_bias, bake_weight, group, scale_of
+from ckptools.native import KERNELS
 from ckptools.plan import Plan, Step, make_plan
 from ckptools.recipe import load_recipe
 from ckptools.sources import open_checkpoint
@@ -305,6 +310,60 @@ def test_a_plain_lora_is_w_plus_scale_up_down(
     untouched(result, models[model], tensor)
 
 
+@pytest.mark.skipif(KERNELS is None, reason="built without a C compiler")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_a_lora_is_the_same_by_kernels_and_nearly_so_by_torch(
+    dtype: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler, or a processor that fuses, torch makes the products in its own order."""
+    _, tensor, module = SCHEMES["sd1"]
+    before = load_file(models["A"])[tensor]
+    down, up = noise(3, before.shape[1], seed=5), noise(before.shape[0], 3)
+    path = adapter(tmp_path, {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    unfused = copy(KERNELS)
+    assert unfused is not None
+    unfused.fuses = False
+    found = []
+    for kernels in (KERNELS, portable_kernels(), unfused, None):
+        for user in (ckptools.plain, ckptools.evaluation):
+            monkeypatch.setattr(user, "KERNELS", kernels)
+        found.append(
+            baked(tmp_path, {name: models[name] for name in "AB"}, "A * 0.4 + B * 0.6",
+                  loras=[{"path": path, "weight": 0.75}], output={"dtype": dtype})[tensor]
+        )  # fmt: skip
+
+    one, two = (load_file(models[name])[tensor].double() for name in "AB")
+    exact = one * 0.4 + two * 0.6 + 0.75 * up.double() @ down.double()
+    for result in found:
+        assert_rounded(result, exact)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.skipif(KERNELS is None or not KERNELS.fuses, reason="no kernels for LoRAs here")
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_plain_lora_is_baked_without_torch(
+    dtype: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where the output is fp32, and with it the arithmetic fp64, torch does it."""
+    _, tensor, module = SCHEMES["sd1"]
+    before = load_file(models["A"])[tensor]
+    down, up = noise(3, before.shape[1]), noise(before.shape[0], 3)
+    path = adapter(tmp_path, {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    recipe = recipe_file(tmp_path, models_of(models, "A"), "A", loras=[str(path)],
+                         output={"dtype": dtype})  # fmt: skip
+    script = (
+        "import sys; from pathlib import Path; from ckptools.recipe import load_recipe\n"
+        "from ckptools.workflow import merge; merge(load_recipe(Path(sys.argv[1])))\n"
+        "print('torch' in sys.modules)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe)], check=True, capture_output=True, text=True
+    )
+
+    assert done.stdout == f"{dtype == 'fp32'}\n"
+
+
 # --- fused, transposed, reshaped -----------------------------------------------------------------
 
 
@@ -337,6 +396,32 @@ def test_a_fused_in_proj_takes_each_of_q_k_and_v(
         if letter not in given:  # rows that no module is for keep their bytes
             rows = slice(position * width, (position + 1) * width)
             assert torch.equal(result[tensor][rows], before[rows])
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_rows_that_no_module_is_for_keep_the_signs_of_their_zeros(
+    by_kernels: bool,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not by_kernels:
+        for user in (ckptools.plain, ckptools.evaluation):
+            monkeypatch.setattr(user, "KERNELS", None)
+    tensor = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"
+    tensors = load_file(models["X"])
+    tensors[tensor][:, ::2] = -0.0
+    tensors[tensor][:, 1::4] = 0.0
+    model = write_tensors(tmp_path / "zeros.safetensors", tensors)
+    width = tensors[tensor].shape[1]
+    stem = "lora_te2_text_model_encoder_layers_1_self_attn_k_proj"
+    path = adapter(tmp_path, lora(stem, width, width))
+
+    result = baked(tmp_path, {"X": model}, "X", loras=[str(path)])[tensor]
+
+    for rows in (slice(0, width), slice(2 * width, 3 * width)):
+        assert result[rows].numpy().tobytes() == tensors[tensor][rows].numpy().tobytes()
+    assert not torch.equal(result, tensors[tensor])
 
 
 def test_the_transposed_text_projection_takes_a_transposed_change(

@@ -235,3 +235,72 @@ def test_a_library_of_another_version_is_not_called(
     assert ckptools.native._load() is not None
     monkeypatch.setattr(ckptools.native, "_VERSION", 0)
     assert ckptools.native._load() is None
+
+
+# --- products of two factors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "columns", "begin", "count"),
+    [
+        (1, 1, 1, 0, 1), (5, 3, 7, 0, 35), (5, 3, 7, 4, 20), (5, 3, 7, 15, 3), (9, 2, 64, 63, 300),
+        (4, 16, 65, 1, 258), (3, 40, 200, 199, 202), (7, 8, 33, 33, 165), (2, 0, 5, 1, 8),
+        (6, 4, 130, 0, 0), (11, 130, 96, 96, 96 * 10),
+    ],
+)  # fmt: skip
+def test_products_have_the_same_bits_on_every_processor(
+    rows: int, rank: int, columns: int, begin: int, count: int
+) -> None:
+    generator = np.random.default_rng(rank + columns)
+    up = generator.standard_normal((rows, rank)).astype(np.float32)
+    down = (generator.standard_normal((rank, columns)) * 10.0 ** -(rank % 5)).astype(np.float32)
+    there = generator.standard_normal(count).astype(np.float32)
+    wanted = (up.astype(np.float64) @ down.astype(np.float64)).reshape(-1)[begin : begin + count]
+    noise = np.abs(up).astype(np.float64) @ np.abs(down) * max(rank, 1) * 2.0**-24
+    found = []
+    for kernels in every_kernels():
+        for onto in (False, True):
+            out = np.concatenate([there, np.full(8, 7, np.float32)])
+            memory = kernels.low_rank_memory(rank)
+            kernels.add_low_rank(up, down, begin, out[:count], memory, onto=onto)
+
+            assert np.all(out[count:] == 7)
+            found.append(out[:count])
+
+    alone, added, *again = found
+    assert np.all(np.abs(alone - wanted) <= noise.reshape(-1)[begin : begin + count])
+    assert np.array_equal(added, there + alone)
+    for one, other in zip(again, found[:2], strict=False):
+        assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+def test_products_of_factors_that_do_not_fit_are_refused() -> None:
+    assert KERNELS is not None
+    up, down = np.zeros((3, 2), np.float32), np.zeros((2, 5), np.float32)
+    out, memory = np.zeros(4, np.float32), KERNELS.low_rank_memory(2)
+
+    for factors, begin in (((up, down), 12), ((up, down[:1]), 0)):
+        with pytest.raises(ValueError, match="elements of"):
+            KERNELS.add_low_rank(*factors, begin, out, memory, onto=False)
+
+
+def test_sums_run_in_order_of_the_rank() -> None:
+    """2^24 + 1 - 2^24 is 0 in fp32, from the left; from the right it is 1."""
+    up = np.array([[2.0**24, 1, -(2.0**24)], [-(2.0**24), 2.0**24, 1]], np.float32)
+    for kernels in every_kernels():
+        out = np.empty(2 * 70, np.float32)
+        down = np.ones((3, 70), np.float32)
+        kernels.add_low_rank(up, down, 0, out, kernels.low_rank_memory(3), onto=False)
+
+        assert np.array_equal(out, np.repeat([0, 1], 70))
+
+
+def test_each_step_of_a_sum_is_rounded_once() -> None:
+    """(1 + 2^-12)^2 - 1 is 2^-11 + 2^-24; of the product alone fp32 keeps 1 + 2^-11."""
+    up = np.array([[-1, 1 + 2.0**-12]], np.float32)
+    down = np.array([[1] * 3, [1 + 2.0**-12] * 3], np.float32)
+    for kernels in every_kernels():
+        out = np.empty(3, np.float32)
+        kernels.add_low_rank(up, down, 0, out, kernels.low_rank_memory(2), onto=False)
+
+        assert np.all(out == 2.0**-11 + 2.0**-24)

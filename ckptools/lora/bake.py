@@ -33,7 +33,8 @@ def delta_elements(
     changes  additive ones, each for all columns of its rows
     parts    of each change, canonical part -> tensor
     shape    of the tensor they go into
-    Only the rows that hold these elements are computed.
+    Only the rows that hold these elements are computed. Where nothing changes it is -0, which
+    leaves what it is added to as it is.
     """
     import torch
 
@@ -58,11 +59,11 @@ def delta_elements(
             total = values
             continue
         if total is None:
-            total = torch.zeros(last - first, width, dtype=values.dtype)
+            total = torch.full((last - first, width), -0.0, dtype=values.dtype)
         total[low - first : high - first] += values
     if total is None:
         dtype = next(t.dtype for own in parts for t in own.values() if t.is_floating_point())
-        return torch.zeros(end - begin, dtype=dtype)
+        return torch.full((end - begin,), -0.0, dtype=dtype)
     return total.view(-1)[begin - first * width : end - first * width]
 
 

@@ -46,7 +46,7 @@ LAYERS = (
         "lineage",
         "lora",
     },
-    {"plan", "opening", "placement", "baking", "footprint", "plain", "evaluation"},
+    {"plan", "opening", "placement", "baking", "footprint", "plain", "lowrank", "evaluation"},
     {"engine", "measure", "manifest", "hashing"},
     {"verify", "render", "variants", "check", "hub"},
     {

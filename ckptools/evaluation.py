@@ -319,7 +319,8 @@ class Evaluation:
             parts = [self._parts(change, program.precision, memory) for change in changes]
             tensors.append(delta_elements(changes, parts, spec.shape, begin, begin + length))
         if mixes_plainly(program, spec.dtype):
-            added = [_bytes_of(delta) for delta in tensors[len(inputs) :]]
+            dtype = torch_dtype(program.precision)
+            added = [_bytes_of(delta.to(dtype)) for delta in tensors[len(inputs) :]]
             return memory.plain.fill(program, [*inputs, *added], spec.dtype, out)
         if any(True for _ in applied_in(program.mix)):
             self._look_at(tensors)

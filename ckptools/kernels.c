@@ -424,7 +424,7 @@ static struct way fastest(void) {
   if (__builtin_cpu_supports("avx512f")) return (struct way){two_rows_widest, 64};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return (struct way){two_rows_fused, 32};
-#elif defined(__FP_FAST_FMAF)
+#elif defined(__FP_FAST_FMAF) || defined(__aarch64__)
   return (struct way){two_rows_anywhere, 16};
 #endif
   return (struct way){0, 0};

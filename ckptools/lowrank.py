@@ -6,6 +6,7 @@ the same on every machine whose processor fuses. Knows programs and how to read,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,4 +100,5 @@ class LowRank:
         as_stored = Formula([Step(LOAD, 0, read=0)], [stored.spec.dtype])
         memory = self._kernels.memory(as_stored.depth)
         self._kernels.mix(as_stored, [data], "F32", values.view(np.uint8), memory)
-        return values.reshape(stored.spec.shape[0], -1)
+        rows, *columns = stored.spec.shape
+        return values.reshape(rows, math.prod(columns))
